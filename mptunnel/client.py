@@ -1,0 +1,650 @@
+"""The client: which paths to open, how the server is known, what the host is told.
+
+**Paths.** Whenever the host's links have changed, every path's way out is worked out anew (`uplinks`). A path whose way
+is new or different gets its rule and table by the script first, then a socket; its local port stays the same if the
+kernel allows. A path whose socket cannot be opened is tried again every second.
+
+**Joining.** With a token and no record of the server, the client first talks to it as the token's holder, says ENROL
+on every path, saves what it is given, and only then starts as itself. Without any answer for 15 s, or when refused,
+the run ends; without a token it never does.
+
+**Host.** The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
+them the script sets up the device, and the routes follow. What goes to IPv6 while the server has none is answered
+with "no route", so that applications turn to IPv4 at once instead of leaking.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import __version__, noise
+from mptunnel.admission import Door
+from mptunnel.config import (
+    ClientSettings,
+    DnsMode,
+    ServerRecord,
+    WireGuardFile,
+    encode_key,
+    key_short,
+    spelling,
+)
+from mptunnel.errors import ConfigError, RefusedError, UnreachableError
+from mptunnel.events import ClosePath, Endpoint, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.messages import Address, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.packet import MIN_MTU, no_route6
+from mptunnel.packet import source as packet_source
+from mptunnel.path import ClientPath, PathState
+from mptunnel.register import Reply
+from mptunnel.role import INF, Role
+from mptunnel.serverpeer import ServerPeer
+from mptunnel.uplinks import Uplinks, Way
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mptunnel.config import Fields, JoinToken, Link
+    from mptunnel.events import Job
+    from mptunnel.packet import Buffer
+    from mptunnel.peer import Peer
+
+    IPAddress = IPv4Address | IPv6Address
+
+log = logging.getLogger(__name__)
+
+JOIN_PATIENCE: Final = 15.0
+REOPEN_AFTER: Final = 1.0
+RESOLVE_EVERY: Final = 3600.0
+SILENT_AFTER: Final = 30.0  # then the server's next address is tried
+FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
+WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
+
+_REFUSALS: dict[int, str] = {
+    EnrolResult.USED: "the token was used already, by another client: if that was not you, it was stolen; "
+    "see 'mptunnel peer list' on the server",
+    EnrolResult.EXPIRED: "the token has expired",
+    EnrolResult.REVOKED: "the token was taken back",
+    EnrolResult.NO_ADDRESS: "the tunnel network has no address left; start the server with a larger --network",
+    EnrolResult.NAME_REFUSED: "the server does not take this host's name",
+    EnrolResult.KEY_REFUSED: "the server does not take this client's key; remove the client's key file and try again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """What the device is to be: addresses, the server's ends, resolvers, whether IPv6 goes on to the internet."""
+
+    address4: IPv4Address | None
+    peer4: IPv4Address | None
+    address6: IPv6Address | None
+    peer6: IPv6Address | None
+    ipv6_onward: bool
+    dns: tuple[IPAddress, ...] = ()
+
+
+@dataclass(slots=True)
+class Membership:
+    """How we know the server: its record, or a token to get one by."""
+
+    record: ServerRecord
+    private_key: bytes = field(repr=False)
+    token: JoinToken | None = field(default=None, repr=False)
+    name: str = "client"
+
+
+class Client(Role):
+    """One server, several paths. `servers` are its addresses as its name resolved."""
+
+    def __init__(
+        self,
+        settings: ClientSettings,
+        membership: Membership,
+        servers: Sequence[IPAddress],
+        *,
+        reserved: int,
+        kept: Sequence[tuple[IPAddress, IPAddress]],
+        table: int,
+        entropy: Callable[[int], bytes],
+        rng: random.Random,
+        now: float,
+        wall: float,
+    ) -> None:
+        token = membership.token
+        key = token.join_private() if token else membership.private_key
+        super().__init__(key, "client/timestamp", reserved=reserved, entropy=entropy, rng=rng, now=now, wall=wall)
+        self._settings = settings
+        self._membership = membership
+        self._servers = list(servers)
+        self._kept = tuple(kept)
+        self._table = table
+        self._uplinks = Uplinks(settings.interfaces)
+        self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
+        self._avoid: dict[int, int] = {}
+        self._links: tuple[Link, ...] = ()
+        self._reopen_at: dict[int, float] = {}
+        self._missing: set[str] = set()
+        self._opened_at: dict[int, float] = {}
+        self.paths: dict[int, ClientPath] = {}
+        self._tunnel: Tunnel | None = None
+        self._tunnel_mtu = MIN_MTU
+        self._state = "connecting"
+        self._state_at = now
+        self._has_warned = False
+        self._joined: ServerRecord | None = None  # what is being saved
+        self._resolve_at = now + RESOLVE_EVERY
+        self._join_until = now + JOIN_PATIENCE if token else INF
+        self._tried_servers_at = now
+        self._peer = self._new_peer(now)
+        if settings.wireguard is not None:
+            self._adopt_wireguard(settings.wireguard)
+
+    def _new_peer(self, now: float) -> ServerPeer:
+        settings, membership = self._settings, self._membership
+        token, record = membership.token, membership.record
+        psk = token.join_psk() if token else record.psk
+        enrol = None
+        if token is not None:
+            enrol = Enrol(noise.StaticKey(membership.private_key).public, membership.name.encode("ascii"))
+        peer = ServerPeer(
+            self.identity,
+            noise.Remote(self.key, record.public_key, psk),
+            settings.server or str(self._servers[0]),
+            now,
+            paths=self.paths,
+            instance=self._instance,
+            clock_origin=self._clock_origin,
+            mtu=settings.mtu,
+            idle_probe=settings.idle_probe,
+            is_ours=token is not None or record.said_hello or record.joined,
+            is_stock=settings.wireguard is not None,
+            enrol=enrol,
+            allows=_allowed_by(settings.wireguard) if settings.wireguard else None,
+        )
+        if settings.wireguard and settings.wireguard.keepalive:
+            peer.timers.persistent = float(settings.wireguard.keepalive)
+        return peer
+
+    # -- what the loop tells ---------------------------------------------------------------------------
+
+    def links_changed(self, links: Sequence[Link], now: float) -> None:
+        """This is how the host's links are now. Raises ConfigError at the first call if `-i` is ambiguous."""
+        if not self._links:
+            self._uplinks.check(links)
+        self._links = tuple(links)
+        self._arrange(now)
+
+    def path_opened(self, number: int, port: int, now: float) -> None:
+        """The socket of a path is open, on this local port."""
+        path = self.paths.get(number)
+        if path is None or number not in self._ways:
+            self._events.append(ClosePath(number))
+            return
+        path.port = port
+        self._opened_at[number] = now
+        self._peer.path_opened(path, now, self._out)
+        self._after(self._peer, now)
+
+    def path_failed(self, number: int, why: str, now: float) -> None:
+        """The socket of a path could not be opened, or is broken."""
+        path = self.paths.get(number)
+        if path is None:
+            return
+        if path.closed(now) or number not in self._reopen_at:
+            log.warning("path %s: %s; trying again every %.0f s", path.name, why, REOPEN_AFTER)
+        path.errors[why] = path.errors.get(why, 0) + 1
+        self._reopen_at[number] = now + REOPEN_AFTER
+
+    def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
+        """The kernel refused datagrams on a path: that is this path's affair only."""
+        path = self.paths.get(number)
+        if path is None:
+            return
+        path.not_sent(datagrams, size, why)
+        if why == "EMSGSIZE":
+            self._peer.too_big(path, now)
+
+    def send(self, packets: Sequence[Buffer], now: float, inbox: list[Buffer]) -> None:
+        """Take IP packets from the device; answers of our own to some of them are appended to `inbox`."""
+        tunnel = self._tunnel
+        if tunnel is not None and not tunnel.ipv6_onward and any(packet[0] >> 4 == 6 for packet in packets):
+            packets = self._without_ipv6(packets, tunnel, inbox)
+        if packets and self._membership.token is None:
+            self._peer.send(packets, now, self._out)
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due; at once while handshakes wait."""
+        if self._handshakes:
+            return -INF
+        state_check = INF if self._has_warned or self._state == "up" else self._state_at + WARN_AFTER
+        return min(
+            self._peer.next_deadline(),
+            self._join_until,
+            self._resolve_at,
+            state_check,
+            *self._reopen_at.values(),
+        )
+
+    def handle_timeout(self, now: float) -> None:
+        """Do what is due."""
+        self._peer.handle_timeout(now, self._out)
+        self._after(self._peer, now)
+        if now >= self._join_until:
+            self._join_until = INF
+            self._events.append(Stop(self._unreachable()))
+        if any(at <= now for at in self._reopen_at.values()):
+            self._arrange(now)
+        if now >= self._resolve_at:
+            self._resolve(now)
+        self._review_state(now)
+
+    def job_done(self, job: Job, result: object, now: float) -> None:
+        """A job has ended; `result` is an exception if it failed."""
+        failure = result if isinstance(result, Exception) else None
+        if isinstance(job, RunScript):
+            self._script_done(job, failure, now)
+        elif isinstance(job, SaveState):
+            self._saved(job, failure, now)
+        elif isinstance(job, Resolve) and failure is None:
+            self._resolved(tuple(result) if isinstance(result, tuple) else (), now)
+
+    def close(self, now: float) -> None:
+        """Say goodbye on every path, and leave the last timestamp on disk."""
+        self._peer.close(CloseReason.STOP, now, self._out)
+        self._save_last_timestamp()
+
+    # -- paths -----------------------------------------------------------------------------------------
+
+    def _arrange(self, now: float) -> None:
+        """Open, close and move paths as the links now are."""
+        servers = self._server_by_version()
+        found = self._uplinks.find(self._links, servers, self._settings.device, self._avoid)
+        for number, way in found.items():
+            uplink = self._uplinks.by_id[number]
+            path = self.paths.get(number)
+            if path is None or path.name != uplink.name:
+                path = self.paths[number] = ClientPath(number, uplink.name, now)
+            if way is None:
+                self._close_path(path, now)
+                if uplink.name not in self._missing:
+                    self._missing.add(uplink.name)
+                    self._tell_missing(path)
+            else:
+                self._missing.discard(uplink.name)
+                self._open_path(path, way, now)
+
+    def _tell_missing(self, path: ClientPath) -> None:
+        uplink = self._uplinks.by_id[path.id]
+        link = next((link for link in self._links if link.name == uplink.interface), None)
+        if link is None:
+            log.warning("%s", self._uplinks.advice(uplink, self._links))
+        elif not link.up:
+            log.info("path %s waits: %s is down", path.name, link.name)
+        else:
+            log.info("path %s waits: %s has no address that reaches the server", path.name, link.name)
+
+    def _open_path(self, path: ClientPath, way: Way, now: float) -> None:
+        before = self._ways.get(path.id)
+        is_broken = path.id in self._reopen_at and self._reopen_at[path.id] <= now
+        if before == way and not is_broken:
+            return
+        self._reopen_at.pop(path.id, None)
+        self._ways[path.id] = way
+        path.interface, path.address = way.interface, way.address
+        if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
+            if path.is_open:
+                self._events.append(RunScript("path-up", self._path_values(path.id, way)))  # another gateway
+                return
+        elif path.is_open:
+            path.closed(now)
+            self._events.append(ClosePath(path.id))
+        self._events.append(RunScript("path-up", self._path_values(path.id, way)))
+
+    def _close_path(self, path: ClientPath, now: float) -> None:
+        self._reopen_at.pop(path.id, None)
+        if self._ways.pop(path.id, None) is None:
+            return
+        if path.closed(now):
+            log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
+        self._events.append(ClosePath(path.id))
+        self._events.append(RunScript("path-down", {"path": path.id, "table": self._table}))
+
+    def _path_values(self, number: int, way: Way) -> Mapping[str, Any]:
+        return {
+            "path": number,
+            "interface": way.interface,
+            "address": way.address,
+            "gateway": way.gateway or (),
+            "server": way.server,
+            "shared": way.is_shared,
+            "table": self._table,
+        }
+
+    def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
+        if failure is not None:
+            log.warning("%s: %s", job.verb, failure)
+        if job.verb != "path-up":
+            return
+        number = job.values["path"]
+        way = self._ways.get(number) if isinstance(number, int) else None
+        if way is None or job.values != self._path_values(way_number := int(str(number)), way):
+            return  # it has changed meanwhile; another job is on its way
+        path = self.paths[way_number]
+        if not path.is_open:
+            endpoint = (way.server, self._settings.port)
+            self._events.append(OpenPath(path.id, way.interface, way.address, endpoint, path.port))
+
+    # -- the server's addresses ------------------------------------------------------------------------
+
+    def _server_by_version(self) -> dict[int, IPAddress]:
+        """The address in use of each IP version: the first that is known."""
+        return {address.version: address for address in reversed(self._servers)}
+
+    def _resolve(self, now: float) -> None:
+        self._resolve_at = now + RESOLVE_EVERY
+        if self._settings.server and not _is_literal(self._settings.server):
+            self._events.append(Resolve(self._settings.server, self._settings.port))
+
+    def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
+        new = [address for address in addresses if address not in self._servers]
+        if not new:
+            return
+        in_use = set(self._server_by_version().values())
+        self._servers = [*(a for a in self._servers if a in in_use or a in addresses), *new]
+        log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
+        record = self._membership.record
+        record.addresses = tuple(map(str, self._servers))
+        self._save_record(record)
+        if not (in_use & set(addresses)) and self._state != "up":
+            self._next_server(now)
+
+    def _next_server(self, now: float) -> None:
+        """Every path is silent: try the next address of each IP version."""
+        self._tried_servers_at = now
+        versions = {address.version for address in self._servers}
+        for version in versions:
+            same = [address for address in self._servers if address.version == version]
+            rest = [address for address in self._servers if address.version != version]
+            self._servers = [*same[1:], same[0], *rest]
+        self._arrange(now)
+
+    def _review_state(self, now: float) -> None:
+        """Say what the tunnel as a whole is: connecting, up or silent; and try what may help when it is not up."""
+        state = self._whole_state(now)
+        if state != self._state:
+            if state == "up":
+                log.info("tunnel up: %s", self._membership_name())
+            elif self._state == "up":
+                log.warning("tunnel silent: no path reaches %s; trying for ever", self._membership_name())
+                self._has_warned = True
+            self._state, self._state_at = state, now
+            self._has_warned = self._has_warned and state != "up"
+            return
+        if state == "up":
+            return
+        if not self._has_warned and now - self._state_at >= WARN_AFTER:
+            self._has_warned = True
+            log.warning("%s; trying for ever", self._why_silent())
+        if len(self._servers) > 1 and now - max(self._tried_servers_at, self._state_at) > SILENT_AFTER:
+            self._next_server(now)
+        for path in self.paths.values():
+            opened_at = self._opened_at.get(path.id, now)
+            is_mute = path.is_open and path.heard_at == -INF and now - opened_at > FAMILY_PATIENCE
+            if is_mute and path.address is not None and self._avoid.get(path.id) != path.address.version:
+                self._avoid[path.id] = path.address.version
+                self._arrange(now)
+
+    def _whole_state(self, now: float) -> str:
+        peer = self._peer
+        if peer.current is None or not peer.current.is_alive(now):
+            return "silent" if self._state in {"up", "silent"} else "connecting"
+        if not peer.is_multipath:
+            return "up"
+        is_up = any(path.state in {PathState.UP, PathState.SLOW} for path in self.paths.values())
+        return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
+
+    def _why_silent(self) -> str:
+        if not any(path.is_open for path in self.paths.values()):
+            return "no path is there: every uplink is missing, down or without address"
+        return (
+            f"{self._membership_name()} does not answer on any path: is mptunnel running there, is UDP port "
+            f"{self._settings.port} open in its firewall, and does it know our key ({key_short(self.key.public)})?"
+        )
+
+    def _unreachable(self) -> UnreachableError:
+        return UnreachableError(
+            f"no answer from {self._membership_name()} in {JOIN_PATIENCE:.0f} s on any path: is mptunnel running there, "
+            f"is UDP port {self._settings.port} open in its firewall, and is the token that server's?"
+        )
+
+    def _membership_name(self) -> str:
+        return spelling(self._settings.server or str(self._servers[0]), self._settings.port)
+
+    # -- what the server says --------------------------------------------------------------------------
+
+    def _after(self, peer: Peer, now: float) -> None:
+        news, self._peer.news = self._peer.news, []
+        for item in news:
+            match item:
+                case Hello():
+                    self._said_hello()
+                case Address():
+                    self._addressed(item)
+                case Enrolled():
+                    self._enrolled(item)
+                case Close():
+                    self._closed(item)
+                case int():
+                    self._mtu_changed(item, now)
+        if self._state != "up":
+            self._review_state(now)
+
+    def _said_hello(self) -> None:
+        record = self._membership.record
+        if not record.said_hello:
+            record.said_hello = True
+            self._save_record(record)
+
+    def _closed(self, close: Close) -> None:
+        if close.reason == CloseReason.NOT_ADMITTED:
+            log.warning("%s admits us no more: join it again with a new token", self._membership_name())
+        else:
+            log.warning("%s has stopped; waiting for it to come back", self._membership_name())
+
+    def _mtu_changed(self, mtu: int, now: float) -> None:
+        self._tunnel_mtu = mtu
+        if self._tunnel is not None:
+            self._events.append(RunScript("mtu", {"mtu": mtu}))
+        self._peer.change_hello(now, self._out)
+
+    def _addressed(self, address: Address) -> None:
+        dns: tuple[IPAddress, ...] = ()
+        if self._settings.dns_mode is DnsMode.AUTO and any(network.prefixlen == 0 for network in self._settings.routes):
+            dns = tuple(address.dns)
+        elif self._settings.dns_mode is DnsMode.FIXED:
+            dns = self._settings.dns or ()
+        tunnel = Tunnel(address.client4, address.server4, address.client6, address.server6, address.ipv6_onward, dns)
+        self._set_up(tunnel)
+
+    def _adopt_wireguard(self, file: WireGuardFile) -> None:
+        """A stock server gives no addresses: they are in its configuration."""
+        own4 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv4Address)), None)
+        own6 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv6Address)), None)
+        dns = file.dns if self._settings.dns_mode is DnsMode.AUTO else self._settings.dns or ()
+        self._settings = replace(self._settings, routes=file.allowed_ips)
+        has_ipv6 = own6 is not None and any(network.version == 6 for network in file.allowed_ips)
+        self._tunnel_mtu = file.mtu or self._settings.mtu
+        self._set_up(Tunnel(own4, own4, own6, own6, has_ipv6, dns))
+
+    def _set_up(self, tunnel: Tunnel) -> None:
+        if tunnel == self._tunnel:
+            return
+        self._tunnel = tunnel
+        values = {
+            "mtu": self._tunnel_mtu,
+            "address4": tunnel.address4 or (),
+            "peer4": tunnel.peer4 or (),
+            "address6": tunnel.address6 or (),
+            "peer6": tunnel.peer6 or (),
+            "routes": self._settings.routes,
+            "dns": tunnel.dns,
+            "servers": tuple(self._servers),
+            "keep": tuple(f"{local},{remote}" for local, remote in self._kept),
+            "table": self._table,
+        }
+        self._events.append(RunScript("up", values))
+        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
+
+    def _without_ipv6(self, packets: Sequence[Buffer], tunnel: Tunnel, inbox: list[Buffer]) -> Sequence[Buffer]:
+        """Answer IPv6 packets that the server could not pass on; return the others."""
+        rest = []
+        for packet in packets:
+            is_for_server = len(packet) >= 40 and tunnel.peer6 is not None and packet[24:40] == tunnel.peer6.packed
+            if packet[0] >> 4 != 6 or is_for_server:
+                rest.append(packet)
+                continue
+            self.drops["IPv6 that the server cannot pass on"] += 1
+            answer = no_route6(packet, tunnel.peer6) if tunnel.peer6 and len(packet) >= 40 else None
+            if answer is not None:
+                inbox.append(answer)
+        return rest
+
+    # -- joining ---------------------------------------------------------------------------------------
+
+    def _enrolled(self, enrolled: Enrolled) -> None:
+        if self._membership.token is None or self._joined is not None:
+            return
+        self._join_until = INF
+        if enrolled.result == EnrolResult.ADMITTED:
+            record = self._membership.record
+            record.psk = enrolled.psk
+            record.joined = True
+            self._joined = record
+            self._save_record(record)
+        elif enrolled.result == EnrolResult.TRY_AGAIN:
+            log.warning("%s cannot save that we join; trying again", self._membership_name())
+            self._join_until = self._started_at + 4 * JOIN_PATIENCE
+        else:
+            why = _REFUSALS.get(enrolled.result, "for a reason that we do not know")
+            self._events.append(Stop(RefusedError(f"{self._membership_name()} refused us: {why}")))
+
+    def _saved(self, job: SaveState, failure: Exception | None, now: float) -> None:
+        if failure is not None:
+            log.warning("cannot save %s: %s; the tunnel goes on", job.name, failure)
+        if job.name == self._file and failure is None and isinstance(job.document, dict):
+            self.identity.timestamps.reserved(job.document["reserved"])
+        if self._joined is not None and job.name == _record_file(self._joined):
+            if failure is not None:
+                self._events.append(
+                    Stop(ConfigError(f"cannot save that we joined: {failure}; make room and try again"))
+                )
+                return
+            self._become_ourselves(now)
+
+    def _become_ourselves(self, now: float) -> None:
+        """We are admitted and it is on disk: from now on with our own key."""
+        log.info("joined %s as %s", self._membership_name(), self._membership.name)
+        self._joined = None
+        self._membership.token = None
+        self._peer.forget_keys()
+        self.key = noise.StaticKey(self._membership.private_key)
+        self.identity = self.identity.with_key(self.key)
+        self._door = Door(self.key, self.identity.entropy)
+        self._peer = self._new_peer(now)
+        for path in self.paths.values():
+            if path.is_open:
+                self._peer.path_opened(path, now, self._out)
+
+    def _save_record(self, record: ServerRecord) -> None:
+        self._events.append(SaveState(_record_file(record), record.to_document()))
+
+    # -- for the base ----------------------------------------------------------------------------------
+
+    def _peer_with(self, public: bytes, now: float) -> Peer | None:
+        return self._peer if public == self._membership.record.public_key else None
+
+    def _seen_from(self, source: Any) -> Endpoint:
+        way = self._ways.get(source)
+        return Endpoint(str(way.server) if way else "::", self._settings.port, 0, b"")
+
+    # -- control ---------------------------------------------------------------------------------------
+
+    def control(self, verb: str, arguments: Fields, now: float) -> Reply:
+        """Answer the command line. Raises ConfigError."""
+        if verb != "status":
+            raise ConfigError(f"a client cannot be asked for {verb!a}; run that on the server")
+        return Reply(self.status(now))
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The status object, format 1."""
+        peer, tunnel, record = self._peer, self._tunnel, self._membership.record
+        session = peer.current
+        first = sum(peer.receipts.first)
+        return {
+            "format": 1,
+            "version": __version__,
+            "role": "client",
+            "state": self._state,
+            "uptime": round(now - self._started_at, 1),
+            "server": {
+                "name": self._membership_name(),
+                "address": ", ".join(sorted({str(way.server) for way in self._ways.values()})) or None,
+                "public_key": encode_key(record.public_key),
+                "multipath": peer.is_multipath,
+                "session_age": None if session is None else round(now - session.created_at, 1),
+            },
+            "tunnel": {
+                "ipv4": None if tunnel is None or tunnel.address4 is None else str(tunnel.address4),
+                "ipv6": None if tunnel is None or tunnel.address6 is None else str(tunnel.address6),
+                "mtu": self._tunnel_mtu,
+            },
+            "traffic": {"up": peer.sent(), "down": peer.received()},
+            "receipts": {"up": None, "down": peer.receipts.status()},
+            "paths": [self._path_status(path, first, now) for path in self.paths.values()],
+            "drops": dict(self.drops),
+        }
+
+    def _path_status(self, path: ClientPath, first: int, now: float) -> dict[str, Any]:
+        receipts = self._peer.receipts
+        return {
+            **path.status(),
+            "name": path.name,
+            "interface": path.interface or None,
+            "address": None if path.address is None else str(path.address),
+            "seen_as": None if path.seen_as is None else _host_port(*path.seen_as),
+            "since": round(now - path.since, 1),
+            "first": receipts.first[path.id],
+            "first_share": receipts.first[path.id] / first if first else None,
+            "missed": receipts.missed[path.id],
+            "mtu": path.carries or None,
+        }
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _record_file(record: ServerRecord) -> str:
+    return f"client/servers/{record.file_name}"
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        IPv6Address(host) if ":" in host else IPv4Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _allowed_by(file: WireGuardFile) -> Callable[[Buffer], bool]:
+    """Return the check of an incoming packet's source against AllowedIPs; None is faster where all is allowed."""
+    networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
+
+    def is_allowed(packet: Buffer) -> bool:
+        version = packet[0] >> 4
+        address: IPAddress = IPv4Address(packet_source(packet)) if version == 4 else IPv6Address(packet_source(packet))
+        return any(address in network for network in networks[version])
+
+    return is_allowed

@@ -1,0 +1,395 @@
+"""A client, as the server sees it: paths that must prove themselves, ECHOs, HELLO and the addresses it is given.
+
+Until a client has said HELLO it is a stock WireGuard peer: one endpoint, one copy. After that its paths are what its
+probes have bound (see `path`), and data goes over all that are fresh or idle. If none is, one copy goes to every
+endpoint that was refreshed in the last 15 s; if there is none either, packets are staged until a probe comes. The
+server never starts a handshake with such a client (it would not know where to), and what an address has not proved by
+a challenge gets no more than answers smaller than what it sent.
+
+`JoinPeer` is the holder of a join token: it can enrol a key, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import messages
+from mptunnel.messages import (
+    PROTOCOL_VERSION,
+    WHOLE_SESSION,
+    Address,
+    Capability,
+    Challenge,
+    Close,
+    CloseReason,
+    Control,
+    Echo,
+    Enrol,
+    Enrolled,
+    Hello,
+    Probe,
+    Use,
+)
+from mptunnel.packet import source as packet_source
+from mptunnel.path import LAST_RESORT, UNASKED_INTERVAL, PathState, ServerPath
+from mptunnel.peer import Identity, Peer
+from mptunnel.scheduler import Redundant
+from mptunnel.timers import INF, Timer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mptunnel.events import Endpoint, Transmit
+    from mptunnel.noise import Remote
+    from mptunnel.packet import Buffer
+    from mptunnel.records import PeerRecord
+    from mptunnel.session import Session
+
+log = logging.getLogger(__name__)
+
+IN_USE: Final = 10.0
+HELLO_WITHIN: Final = 3.0  # of a session in which data comes: else the client is a stock peer now
+
+
+class ClientPeer(Peer):
+    """One client. `news` is what the server must act on: a HELLO, an MTU, or None for "it has confirmed its key"."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        remote: Remote,
+        record: PeerRecord,
+        now: float,
+        *,
+        instance: int,
+        clock_origin: int,
+        address: Address,
+        mtu: int,
+    ) -> None:
+        super().__init__(identity, remote, record.name, mtu, now)
+        self.record = record
+        self.paths: dict[int, ServerPath] = {}
+        self.news: list[Hello | None] = []
+        self.tunnel_mtu = 0  # what its HELLO said
+        self._address = address
+        self._allowed = frozenset((record.ipv4.packed, record.ipv6.packed))
+        self._bound: dict[Endpoint, ServerPath] = {}
+        self._scheduler = Redundant()
+        self._instance = instance
+        self._clock_origin = clock_origin
+        self._client_instance: int | None = None
+        self._hello_under = -1  # serial of the last session that said HELLO
+
+    # -- sending ---------------------------------------------------------------------------------------
+
+    def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ServerPath | None, Any, int]]:
+        if not self.is_multipath:
+            return [] if self.endpoint is None else [(None, self.endpoint, count)]
+        carriers = self._carriers(now)
+        chosen = self._scheduler.choose(count, size, carriers)
+        for path, given in chosen:
+            if path.state is PathState.IDLE:
+                path.idle_room -= given * size
+        return [(path, path.endpoint, given) for path, given in chosen]
+
+    def _carriers(self, now: float) -> list[ServerPath]:
+        """Return the paths that may carry data now, by R5 and by what the client wants them for."""
+        live: list[ServerPath] = []
+        bound = [path for path in self.paths.values() if path.endpoint is not None]
+        for path in bound:
+            state = path.update(now)
+            if state is PathState.FRESH or (state is PathState.IDLE and path.idle_room > 0):
+                live.append(path)
+        data = [path for path in live if path.use is Use.DATA]
+        if any(path.state is PathState.FRESH for path in data):
+            return data
+        return data + [path for path in live if path.use is Use.STANDBY] or [
+            path for path in bound if now - path.refreshed_at <= LAST_RESORT
+        ]
+
+    def _want_handshake(self, now: float, out: list[Transmit]) -> None:
+        """1c: a client with several paths comes to us; a stock peer may be called where it was last."""
+        if not self.is_multipath:
+            super()._want_handshake(now, out)
+
+    def _handshake_ways(self, now: float) -> list[Any]:
+        return [] if self.is_multipath else super()._handshake_ways(now)
+
+    def _send_keepalive(self, now: float, out: list[Transmit]) -> None:
+        if self.current is not None:
+            super()._send_keepalive(now, out)
+
+    def close(self, reason: CloseReason, now: float, out: list[Transmit]) -> None:
+        """Say on every path that the session ends."""
+        if self.is_multipath:
+            plain = Close(WHOLE_SESSION, reason).encode()
+            for path in self._bound.values():
+                self._send_control(plain, path.endpoint, path, now, out)
+
+    # -- receiving -------------------------------------------------------------------------------------
+
+    def path_at(self, source: Any) -> ServerPath | None:
+        """Return the path that is bound to this endpoint."""
+        return self._bound.get(source)
+
+    def _paths_in_use(self) -> int:
+        if not self.is_multipath:
+            return 0
+        return sum(1 << path.id for path in self._bound.values() if path.use is Use.DATA)
+
+    def _allows(self, packet: Buffer) -> bool:
+        return packet_source(packet) in self._allowed
+
+    def _confirmed(self, now: float, out: list[Transmit]) -> None:
+        self.news.append(None)
+        self._flush(now, out)
+
+    def receive(
+        self,
+        session: Session,
+        datagrams: memoryview,
+        size: int,
+        source: Any,
+        now: float,
+        inbox: list[Buffer],
+        out: list[Transmit],
+    ) -> None:
+        """See `Peer.receive`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
+        super().receive(session, datagrams, size, source, now, inbox, out)
+        if self.is_multipath and self.data_at == now and session is self.current:
+            silent_sessions = session.serial - self._hello_under
+            if silent_sessions > 1 and now - session.created_at > HELLO_WITHIN:
+                log.info("%s says HELLO no more: taking it for a stock WireGuard peer", self.name)
+                self.is_multipath = False
+                self._forget_paths()
+
+    def _control(
+        self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
+    ) -> None:
+        body = memoryview(plain)
+        if plain[0] == Control.HELLO:
+            self._hello_received(session, messages.decode_hello_untrusted(body), source, now, out)
+            return
+        if not self.is_multipath:
+            self.identity.drops["control message before HELLO"] += 1
+            return
+        match plain[0]:
+            case Control.PROBE:
+                probe = messages.decode_probe_untrusted(body)
+                self._probe_received(session, counter, probe, source, len(plain), now, out)
+            case Control.RESPONSE:
+                self._response_to_challenge(messages.decode_challenge_untrusted(body), source, now, out)
+            case Control.CLOSE:
+                self._closed(messages.decode_close_untrusted(body))
+            case _:
+                self.identity.drops["unknown control message"] += 1
+
+    def _hello_received(self, session: Session, hello: Hello, source: Any, now: float, out: list[Transmit]) -> None:
+        self._hello_under = session.serial
+        if hello.instance != self._client_instance:
+            self._client_instance = hello.instance
+            self._forget_paths()
+            self.receipts.restart()
+        is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
+        if not is_compatible:
+            log.error(
+                "%s speaks version %d to %d of our control messages, we speak %d: one path only; update the older one",
+                self.name, hello.oldest, hello.version, PROTOCOL_VERSION,
+            )  # fmt: skip
+        elif not self.is_multipath and Capability.MULTIPATH in hello.capabilities:
+            self.is_multipath = True
+            self._widen()
+        if hello.mtu != self.tunnel_mtu:
+            self.tunnel_mtu = hello.mtu
+            self.news.append(hello)
+        answer = Hello(
+            is_answer=True, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=Capability.MULTIPATH,
+            instance=self._instance, mtu=self.mtu, mode=0, paths=len(self._bound), serial=hello.serial,
+        )  # fmt: skip
+        path = self.path_at(source)
+        self._send_control(answer.encode(), source, path, now, out)
+        self._send_control(self._address.encode(), source, path, now, out)
+
+    # -- paths -----------------------------------------------------------------------------------------
+
+    def _probe_received(
+        self, session: Session, counter: int, probe: Probe, source: Endpoint, size: int, now: float, out: list[Transmit]
+    ) -> None:
+        path = self.paths.get(probe.path)
+        if path is None:
+            path = self.paths[probe.path] = ServerPath(probe.path, now)
+        if not path.is_newer(session.serial, counter):
+            self.identity.drops["probe not newer"] += 1
+            return
+        for record in probe.records:
+            other = self.paths.get(record.path)
+            if other is not None and other is not path:
+                other.reported_by_another(record, now)
+        self.timers.at_the_latest(Timer.SETTLE, self.receipts.mark(session, counter, probe.packets, now))
+        if path.endpoint != source:
+            self._challenge(path, probe, source, now, out)
+            return
+        path.adopt(probe, now)
+        if path.may_answer(now):
+            self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)
+        self._flush(now, out)
+
+    def _challenge(self, path: ServerPath, probe: Probe, source: Endpoint, now: float, out: list[Transmit]) -> None:
+        token = path.challenge(source, probe, now, self.identity.entropy)
+        if token is not None:
+            plain = Challenge(path.id, probe.incarnation, token).encode(Control.CHALLENGE)
+            self._send_control(plain, source, None, now, out)
+
+    def _response_to_challenge(self, answer: Challenge, source: Endpoint, now: float, out: list[Transmit]) -> None:
+        path = self.paths.get(answer.path)
+        candidate = None if path is None else path.candidate
+        if (
+            path is None
+            or candidate is None
+            or candidate.endpoint != source
+            or candidate.token != answer.token
+            or candidate.probe.incarnation != answer.incarnation
+            or now >= candidate.expires_at
+        ):
+            self.identity.drops["response to no challenge"] += 1
+            return
+        if path.endpoint is not None:
+            self._bound.pop(path.endpoint, None)
+        holder = self._bound.get(source)
+        if holder is not None:  # one endpoint is one path: a client that numbers its paths anew
+            holder.endpoint = None
+        log.info("%s path %d at %s", self.name, path.id, source)
+        path.bind(candidate, now)
+        self._bound[source] = path
+        self._send_echo(path, candidate.probe, candidate.arrived_at, now, 0, out)
+        self._flush(now, out)
+
+    def _send_echo(
+        self, path: ServerPath, probe: Probe | None, arrived_at: float, now: float, size: int, out: list[Transmit]
+    ) -> None:
+        """Answer a probe on its path, or (None) show that the way down is there."""
+        others = tuple(other.record(now) for other in self._bound.values() if other is not path)
+        host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
+        plain = Echo(
+            path.id, path.incarnation, probe.seq if probe else 0, path.next_number(), probe.sent_us if probe else 0,
+            self._now_us(now), round((now - arrived_at) * 1e6) if probe else 0, path.tx + 1, path.rx,
+            self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port, host, is_unasked=probe is None,
+            records=others,
+        ).encode(size)  # fmt: skip
+        self._send_control(plain, path.endpoint, path, now, out)
+
+    def _closed(self, close: Close) -> None:
+        if close.path == WHOLE_SESSION:
+            if self._bound:
+                log.info("%s has left", self.name)
+            self._forget_paths()
+        else:
+            path = self.paths.get(close.path)
+            if path is not None and path.incarnation == close.incarnation:
+                self._forget_path(path)
+
+    def _forget_path(self, path: ServerPath) -> None:
+        del self.paths[path.id]
+        if path.endpoint is not None:
+            self._bound.pop(path.endpoint, None)
+
+    def _forget_paths(self) -> None:
+        self.paths.clear()
+        self._bound.clear()
+
+    def _now_us(self, now: float) -> int:
+        return (round(now * 1e6) + self._clock_origin) % (1 << 64)
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due."""
+        return min(self.timers.next_deadline(), *(path.next_deadline() for path in self.paths.values()), INF)
+
+    def handle_timeout(self, now: float, out: list[Transmit]) -> None:
+        """Do what is due."""
+        super().handle_timeout(now, out)
+        for path in list(self.paths.values()):
+            was = path.state
+            state = path.update(now)
+            if path.forgotten_at() <= now:
+                log.info("%s path %d forgotten: silent for %.0f s", self.name, path.id, now - path.since)
+                self._forget_path(path)
+            elif state is PathState.LAPSED:
+                if was is not PathState.LAPSED:
+                    log.info("%s path %d silent: no data there until it is heard again", self.name, path.id)
+                self._show_life(path, now, out)
+
+    def _show_life(self, path: ServerPath, now: float, out: list[Transmit]) -> None:
+        if path.unasked_at > now:
+            return
+        if now - self.data_at < IN_USE and self.current is not None and self.current.is_alive(now):
+            self._send_echo(path, None, now, now, 0, out)
+            path.unasked_at = now + UNASKED_INTERVAL
+        else:
+            path.unasked_at = INF
+
+    # -- status ----------------------------------------------------------------------------------------
+
+    def status(self, now: float) -> dict[str, Any]:
+        """What `status` shows of this client."""
+        is_alive = self.current is not None and self.current.is_alive(now)
+        is_heard = is_alive and (not self.is_multipath or bool(self._carriers(now)))
+        return {
+            "state": "never" if self.heard_at == -INF else "up" if is_heard else "silent",
+            "multipath": self.is_multipath,
+            "session_age": round(now - self.current.created_at, 1) if self.current is not None else None,
+            "endpoint": None if self.endpoint is None else str(self.endpoint),
+            "mtu": self.tunnel_mtu or None,
+            "traffic": {"up": self.received(), "down": self.sent()},
+            "receipts": {"up": self.receipts.status(), "down": None},
+            "paths": [self._path_status(path, now) for path in self.paths.values()],
+        }
+
+    def _path_status(self, path: ServerPath, now: float) -> dict[str, Any]:
+        first = sum(self.receipts.first)
+        return {
+            **path.status(),
+            "endpoint": None if path.endpoint is None else str(path.endpoint),
+            "since": round(now - path.since, 1),
+            "first": self.receipts.first[path.id],
+            "first_share": self.receipts.first[path.id] / first if first else None,
+            "missed": self.receipts.missed[path.id],
+        }
+
+
+class JoinPeer(Peer):
+    """Whoever holds a join token. Its only message is ENROL; `news` has what it asks and from where."""
+
+    def __init__(self, identity: Identity, remote: Remote, name: str, now: float) -> None:
+        super().__init__(identity, remote, name, 0, now)
+        self.news: list[tuple[Enrol, Any]] = []
+
+    def answer(self, enrolled: Enrolled, source: Any, now: float, out: list[Transmit]) -> None:
+        """Send the answer to an ENROL to where that came from."""
+        self._send_control(enrolled.encode(), source, None, now, out)
+
+    def _allows(self, packet: Buffer) -> bool:
+        return False
+
+    def _confirmed(self, now: float, out: list[Transmit]) -> None:
+        """A join session carries nothing but ENROL."""
+
+    def _want_handshake(self, now: float, out: list[Transmit]) -> None:
+        """The holder of a token comes to us, never we to it."""
+
+    def _send_keepalive(self, now: float, out: list[Transmit]) -> None:
+        """A join session is not kept alive."""
+
+    def _control(
+        self,
+        session: Session,
+        counter: int,
+        plain: bytes,
+        source: Any,
+        now: float,
+        out: list[Transmit],
+    ) -> None:
+        if plain[0] == Control.ENROL:
+            self.news.append((messages.decode_enrol_untrusted(memoryview(plain)), source))

@@ -1,0 +1,105 @@
+"""What the core asks of the world: sockets, scripts, files, names. The loop takes these up and reports back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from ipaddress import IPv4Address, IPv6Address
+    from pathlib import Path
+
+    from mptunnel.errors import MptunnelError
+
+    IPAddress = IPv4Address | IPv6Address
+    ScriptValue = IPAddress | int | str | bool | Path | tuple[object, ...]
+
+
+class Endpoint(NamedTuple):
+    """Where a server's datagram came from, and the local address it came to, which is the one to answer from.
+
+    `host` is as the kernel gives it (IPv4 as ::ffff:a.b.c.d on a socket for both families).
+    """
+
+    host: str
+    port: int
+    scope: int
+    local: bytes
+
+    @property
+    def plain_host(self) -> str:
+        """The address as people write it."""
+        return self.host.removeprefix("::ffff:") if "." in self.host else self.host
+
+    def __str__(self) -> str:
+        host = self.plain_host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transmit:
+    """Datagrams of `size` bytes each, one behind the other in `data` (the last may be shorter), for one way out.
+
+    `to` is a path's id on a client, an `Endpoint` on a server.
+    """
+
+    to: Any
+    data: bytes | memoryview
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPath:
+    """Open the socket of a path: bound to `interface` and `address`, connected to the server.
+
+    Answered by `path_opened` (with the local port) or `path_failed`.
+    """
+
+    path: int
+    interface: str
+    address: IPAddress
+    server: tuple[IPAddress, int]
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePath:
+    """Close the socket of a path."""
+
+    path: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunScript:
+    """Run the host script with a verb; answered by `job_done`."""
+
+    verb: str
+    values: Mapping[str, ScriptValue]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Write a file of the state directory, whole (`document` None: remove it; str: as text); answered by `job_done`."""
+
+    name: str
+    document: Mapping[str, Any] | str | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Look up a host name; answered by `job_done` with a tuple of addresses."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run cannot go on."""
+
+    error: MptunnelError
+
+
+Job = RunScript | SaveState | Resolve
+Event = OpenPath | ClosePath | RunScript | SaveState | Resolve | Stop

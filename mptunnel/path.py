@@ -1,0 +1,473 @@
+"""One way to the peer: what it is for the client, who knows its socket, and for the server, who knows its endpoint.
+
+**Client.** A path is an interface, named by the user; its socket comes and goes with the interface. Every probe says
+when the next one comes; its ECHO proves that the path works both ways, and brings the round trip (`sent` unchanged,
+minus `held`), what the server received of what we sent here (loss up) and what it sent (loss down). Probes that
+overtake each other do no harm: `seq` pairs, nothing is ordered by it. States: `waiting` there is no interface or no
+address; `probing` a socket is open and nothing has been heard; `up`; `slow` (copies yield); `down` three probes are
+unanswered and nothing was heard for a second. A path that falls silent keeps getting copies for 30 s: its other
+direction may live.
+
+**Server.** A path is an id that the client chose, with one endpoint. An endpoint is bound by a sealed, fresh, newer
+PROBE from there and a RESPONSE to our CHALLENGE from there (R2, R3): a stolen packet makes nobody a path. A bound path
+is `fresh` for max(3 s, 4 RTT) after it was refreshed, then `idle` if the client had announced a longer interval, else
+`lapsed`; it is refreshed only by newer PROBEs from its endpoint and by records that show that the client still hears
+it (R5). Data, duplicates and errors refresh nothing (R6).
+
+Loss over a path is counted, not guessed: what the sender gave to it (`tx`) minus what arrived by it (`rx`), between
+two probes; all counts are modulo 2^32 and start anew with every `incarnation`, that is: every socket.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel.messages import Probe, Record, Use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from ipaddress import IPv4Address, IPv6Address
+
+PROBE_INTERVAL: Final = 0.25
+PROBE_BYTES: Final = 32 * 1024  # sent or received on a path: time for another probe
+PROBE_SPACING: Final = 0.02
+COPIES_WHILE_SILENT: Final = 30.0
+DOWN_AFTER: Final = 1.0
+DOWN_PROBES: Final = 3
+MAX_PENDING: Final = 256
+FRESH_FOR: Final = 3.0
+IDLE_SLACK: Final = 5.0
+IDLE_BYTES: Final = 16 * 1024
+LAST_RESORT: Final = 15.0
+FORGET_AFTER: Final = 30.0
+UNASKED_INTERVAL: Final = 0.25
+CHALLENGE_LIFETIME: Final = 3.0
+CHALLENGE_SPACING: Final = 0.25
+TOKEN_SIZE: Final = 16
+LOSS_SPAN: Final = 10.0  # s: over what time a loss is shown
+MAX_ANSWERS: Final = 256  # a second and path
+
+_MOD32: Final = 1 << 32
+_INF: Final = float("inf")
+_TICK: Final = 0.001  # a state changes after its last moment
+
+
+class PathState(enum.Enum):
+    """What is known of a path; the client's five and the server's four."""
+
+    WAITING = "waiting"
+    PROBING = "probing"
+    UP = "up"
+    SLOW = "slow"
+    DOWN = "down"
+    CANDIDATE = "candidate"
+    FRESH = "fresh"
+    IDLE = "idle"
+    LAPSED = "lapsed"
+
+
+class LossMeter:
+    """Differences of a sender's count and our count, in total and over the last seconds."""
+
+    __slots__ = ("_last", "_recent", "lost", "sent")
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] | None = None
+        self._recent: deque[tuple[float, int, int]] = deque()
+        self.sent = 0
+        self.lost = 0
+
+    def restart(self) -> None:
+        """Both counts begin anew with the next ones; the totals stay."""
+        self._last = None
+
+    def count(self, sent: int, received: int, now: float) -> None:
+        """The sender has counted `sent` datagrams so far (modulo 2^32), the receiver `received`."""
+        if self._last is None:
+            self._last = (sent, received)
+        more_sent = (sent - self._last[0]) % _MOD32
+        if more_sent > _MOD32 // 2:
+            return  # an older message that came late
+        more_received = min((received - self._last[1]) % _MOD32, _MOD32 // 2)
+        self._last = (sent, received)
+        self.sent += more_sent
+        self.lost += more_sent - more_received
+        self._recent.append((now, self.sent, self.lost))
+        while self._recent[0][0] < now - LOSS_SPAN:
+            self._recent.popleft()
+
+    def recent(self) -> float | None:
+        """Loss over the last seconds, 0 to 1; None if nothing was sent."""
+        if len(self._recent) < 2:
+            return None
+        _, sent_0, lost_0 = self._recent[0]
+        _, sent, lost = self._recent[-1]
+        return min(1.0, max(0.0, (lost - lost_0) / (sent - sent_0))) if sent > sent_0 else None
+
+
+class Path:
+    """What both sides keep of a path."""
+
+    __slots__ = (
+        "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
+        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes",
+    )  # fmt: skip
+
+    def __init__(self, path: int, now: float) -> None:
+        self.id = path
+        self.incarnation = 0
+        self.state = PathState.WAITING
+        self.since = now
+        self.room: int | None = None
+        self.tx = self.rx = 0  # type 4 datagrams in this incarnation
+        self.tx_bytes = self.rx_bytes = 0
+        self.rx_size = 0  # longest UDP payload received in this incarnation
+        self.rtt: float | None = None
+        self.jitter = 0.0
+        self.loss_up = LossMeter()
+        self.loss_down = LossMeter()
+        self.errors: dict[str, int] = {}
+
+    def sent(self, count: int, size: int) -> None:
+        """`count` datagrams, `size` bytes together, were handed to the kernel."""
+        self.tx += count
+        self.tx_bytes += size
+
+    def not_sent(self, count: int, size: int, why: str) -> None:
+        """The kernel did not take them after all."""
+        self.tx -= count
+        self.tx_bytes -= size
+        self.errors[why] = self.errors.get(why, 0) + 1
+
+    def received(self, count: int, size: int, longest: int) -> None:
+        """`count` datagrams, `size` bytes together, came in by it, the longest of `longest` bytes."""
+        self.rx += count
+        self.rx_bytes += size
+        self.rx_size = max(self.rx_size, longest)
+
+    def status(self) -> dict[str, Any]:
+        """What `status` shows of it, in its units."""
+        return {
+            "id": self.id,
+            "state": self.state.value,
+            "rtt_ms": None if self.rtt is None else round(self.rtt * 1e3, 3),
+            "jitter_ms": None if self.rtt is None else round(self.jitter * 1e3, 3),
+            "loss_up": self.loss_up.recent(),
+            "loss_down": self.loss_down.recent(),
+            "lost_up": self.loss_up.lost,
+            "lost_down": self.loss_down.lost,
+            "tx": self.tx,
+            "rx": self.rx,
+            "tx_bytes": self.tx_bytes,
+            "rx_bytes": self.rx_bytes,
+            "errors": dict(self.errors),
+        }
+
+    def _enter(self, state: PathState, now: float) -> bool:
+        if state is self.state:
+            return False
+        self.state = state
+        self.since = now
+        return True
+
+
+class ClientPath(Path):
+    """A path as its owner sees it: an interface, a socket, probes on their way."""
+
+    __slots__ = (
+        "_bytes_since_probe", "_pending", "_seq", "address", "carries", "echoed", "heard_at", "interface", "is_open",
+        "last_probe_at", "min_rtt", "name", "port", "probe_at", "proof_tries", "queue", "seen_as", "silent_since",
+        "unanswered", "use",
+    )  # fmt: skip
+
+    def __init__(self, path: int, name: str, now: float) -> None:
+        super().__init__(path, now)
+        self.name = name
+        self.interface = ""
+        self.address: IPv4Address | IPv6Address | None = None
+        self.port = 0  # local; kept over a new socket, so that a NAT mapping may survive
+        self.is_open = False
+        self.use = Use.DATA
+        self.min_rtt = _INF
+        self.queue = 0.0
+        self.seen_as: tuple[str, int] | None = None
+        self.carries = 0  # the largest inner packet that was shown to pass both ways
+        self.proof_tries = 0  # how often a full-size probe has been sent for that
+        self._restart_counts(now)
+
+    def _restart_counts(self, now: float) -> None:
+        self._seq = 0
+        self._pending: dict[int, tuple[float, int, int]] = {}
+        self._bytes_since_probe = 0
+        self.echoed = 0  # highest ECHO number
+        self.heard_at = -_INF  # when anything was heard here last
+        self.unanswered = 0
+        self.silent_since = _INF
+        self.last_probe_at = -_INF
+        self.probe_at = _INF
+        self.tx = self.rx = 0
+        self.rx_size = 0
+        self.loss_up.restart()
+        self.loss_down.restart()
+
+    def opened(self, incarnation: int, now: float) -> None:
+        """A new socket: everything the server knows of the old one is void."""
+        self.incarnation = incarnation
+        self.is_open = True
+        self.carries = self.proof_tries = 0
+        self.min_rtt = _INF
+        self.rtt = None
+        self._restart_counts(now)
+        self._enter(PathState.PROBING, now)
+
+    def renew(self, incarnation: int, now: float) -> None:
+        """The server has forgotten us: count anew, on the same socket."""
+        self.incarnation = incarnation
+        self._restart_counts(now)
+        self.probe_at = now
+
+    def closed(self, now: float) -> bool:
+        """There is no socket any more; return whether that is news."""
+        self.is_open = False
+        self.probe_at = _INF
+        return self._enter(PathState.WAITING, now)
+
+    def sent(self, count: int, size: int) -> None:
+        """Count, and ask for a probe after every 32 KiB."""
+        super().sent(count, size)
+        self._count_towards_probe(size)
+
+    def received(self, count: int, size: int, longest: int) -> None:
+        """Count, and ask for a probe after every 32 KiB."""
+        super().received(count, size, longest)
+        self._count_towards_probe(size)
+
+    def _count_towards_probe(self, size: int) -> None:
+        self._bytes_since_probe += size
+        if self._bytes_since_probe >= PROBE_BYTES:
+            self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it has been silent so long that copies are no use any more."""
+        return now - self.silent_since > COPIES_WHILE_SILENT
+
+    def next_probe(
+        self, now: float, interval: float, sent_us: int, packets: int, others: tuple[Record, ...], padded: int
+    ) -> bytes:
+        """Return the plaintext of the next probe; the one after it comes in `interval` seconds at the latest.
+
+        The probe counts itself in `tx`: the caller seals and sends it now, then calls `sent`.
+        """
+        self._seq += 1
+        if len(self._pending) >= MAX_PENDING:
+            del self._pending[next(iter(self._pending))]
+        self._pending[self._seq] = (now, self.tx + 1, padded)
+        self.unanswered += 1
+        if self.silent_since == _INF:
+            self.silent_since = now
+        self.last_probe_at = now
+        self.probe_at = now + interval
+        self._bytes_since_probe = 0
+        return Probe(
+            self.id, self.incarnation, self._seq, round(interval * 1000), sent_us, self.tx + 1, self.rx, packets,
+            self.echoed, round((self.rtt or 0) * 1e6), round(self.queue * 1e6), min(self.rx_size, 0xFFFF), self.use,
+            padded > 0, others,
+        ).encode(padded)  # fmt: skip
+
+    def record(self, now: float) -> Record:
+        """What the probes on the other paths say of this one."""
+        return Record(self.id, min(round((now - self.heard_at) * 1000), 0xFFFF) if self.echoed else 0xFFFF, self.echoed)
+
+    def heard_unasked(self, number: int, now: float) -> None:
+        """An unasked ECHO: its way down lives, which says nothing of its way up."""
+        self.echoed = max(self.echoed, number)
+        self.heard_at = now
+
+    def echo_received(self, seq: int, number: int, held: float, tx: int, rx: int, now: float) -> int | None:
+        """Count an ECHO. Return the padded size it proves (0: none), or None if it answers no probe of ours."""
+        self.echoed = max(self.echoed, number)
+        self.heard_at = now
+        pending = self._pending.pop(seq, None)
+        if pending is None:
+            return None
+        sent_at, our_tx, padded = pending
+        rtt = max(0.0, now - sent_at - held)
+        if self.rtt is None:
+            self.rtt, self.jitter = rtt, rtt / 2
+        else:  # RFC 6298, 2.3
+            self.jitter += (abs(self.rtt - rtt) - self.jitter) / 4
+            self.rtt += (rtt - self.rtt) / 8
+        self.min_rtt = min(self.min_rtt, rtt)
+        for older in [s for s in self._pending if s < seq]:
+            if self._pending[older][0] < sent_at - 1.0:
+                del self._pending[older]
+        self.unanswered = 0
+        self.silent_since = _INF
+        self.loss_up.count(our_tx, rx, now)
+        self.loss_down.count(tx, self.rx, now)
+        return padded
+
+    def answered(self, now: float) -> bool:
+        """The path works both ways; return whether that is news."""
+        if not self._enter(PathState.UP, now):
+            return False
+        if not self.carries:
+            self.proof_tries = 0
+        return True
+
+    def fell_silent(self, now: float) -> bool:
+        """Whether the path must be called down now; true once."""
+        patience = max(DOWN_AFTER, 4 * (self.rtt or 0.0))
+        if self.state is PathState.WAITING or self.unanswered < DOWN_PROBES or now - self.silent_since < patience:
+            return False
+        return self._enter(PathState.DOWN, now)
+
+
+class ServerPath(Path):
+    """A path as the server sees it: an id, one endpoint, at most one candidate."""
+
+    __slots__ = (
+        "_answers", "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "number",
+        "refreshed_at", "reported", "seq", "unasked_at", "use",
+    )  # fmt: skip
+
+    def __init__(self, path: int, now: float) -> None:
+        super().__init__(path, now)
+        self.state = PathState.CANDIDATE
+        self.endpoint: Any = None
+        self.candidate: Candidate | None = None
+        self._order = (-1, -1)  # session and counter of the newest probe
+        self._heard = -_INF
+        self.refreshed_at = -_INF
+        self.interval = 0.0
+        self.idle_room = 0
+        self.number = 0  # of the last ECHO
+        self.reported = 0  # newest ECHO number that another path's record has shown
+        self.seq = 0
+        self.unasked_at = _INF
+        self.use = Use.DATA
+        self._tx_at: deque[tuple[int, int]] = deque(maxlen=64)  # our `tx` at the newest ECHOs
+        self._answers = (0, 0)  # second, and ECHOs sent in it
+
+    def is_newer(self, serial: int, counter: int) -> bool:
+        """R2: only a probe of a later session, or of the same with a higher counter, counts; it is remembered."""
+        if (serial, counter) <= self._order:
+            return False
+        self._order = (serial, counter)
+        return True
+
+    def challenge(self, endpoint: Any, probe: Probe, now: float, entropy: Callable[[int], bytes]) -> bytes | None:
+        """Return the 16 bytes to send to a new address; None if it was challenged just now (R3)."""
+        candidate = self.candidate
+        if candidate is None or candidate.endpoint != endpoint or now >= candidate.expires_at:
+            since = candidate.challenged_at if candidate else -_INF
+            if now - since < CHALLENGE_SPACING:
+                return None
+            candidate = Candidate(endpoint, entropy(TOKEN_SIZE), now)
+            self.candidate = candidate
+        elif now - candidate.challenged_at < CHALLENGE_SPACING:
+            return None
+        candidate.challenged_at = now
+        candidate.probe = probe
+        candidate.arrived_at = now
+        return candidate.token
+
+    def bind(self, candidate: Candidate, now: float) -> None:
+        """The candidate has answered from its address: it is the path's endpoint from now on."""
+        self.endpoint = candidate.endpoint
+        self.candidate = None
+        self.adopt(candidate.probe, now)
+
+    def adopt(self, probe: Probe, now: float) -> None:
+        """Take over what a counted probe from the bound endpoint says."""
+        if probe.incarnation != self.incarnation:
+            self.incarnation = probe.incarnation
+            self.tx = self.rx = self.number = self.reported = self.rx_size = 0
+            self.loss_up.restart()
+            self.loss_down.restart()
+            self._tx_at.clear()
+        self.loss_up.count(probe.tx, self.rx, now)
+        for number, tx in self._tx_at:
+            if number == probe.echoed:
+                self.loss_down.count(tx, probe.rx, now)
+        self.seq = probe.seq
+        self.interval = probe.interval_ms / 1000
+        self.use = probe.use
+        self.rtt = probe.rtt_us / 1e6 or None
+        self._heard = now
+        self.refresh(now)
+
+    def may_answer(self, now: float) -> bool:
+        """Whether another message may be answered on this path in this second."""
+        second, count = self._answers
+        if second != int(now):
+            second, count = int(now), 0
+        self._answers = (second, count + 1)
+        return count < MAX_ANSWERS
+
+    def next_number(self) -> int:
+        """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""
+        self.number += 1
+        self._tx_at.append((self.number, self.tx + 1))
+        return self.number
+
+    def refresh(self, now: float) -> None:
+        """There is proof that the client is still at this endpoint."""
+        self.refreshed_at = now
+        self.idle_room = IDLE_BYTES
+        self.unasked_at = _INF
+        self._enter(PathState.FRESH, now)
+
+    def reported_by_another(self, record: Record, now: float) -> None:
+        """Another path's probe says which ECHO of ours was heard here; one not reported before refreshes (R5 b)."""
+        if self.endpoint is not None and self.reported < record.newest <= self.number:
+            self.reported = record.newest
+            self.refresh(now)
+
+    def record(self, now: float) -> Record:
+        """What the ECHOs on the other paths say of this one."""
+        return Record(self.id, min(round((now - self._heard) * 1000), 0xFFFF) if self.seq else 0xFFFF, self.seq)
+
+    def update(self, now: float) -> PathState:
+        """Let time pass over the state, and return it."""
+        if self.endpoint is None:
+            return self.state
+        age = now - self.refreshed_at
+        if age <= max(FRESH_FOR, 4 * (self.rtt or 0.0)):
+            state = PathState.FRESH
+        elif self.interval > 1.0 and age <= self.interval + IDLE_SLACK:
+            state = PathState.IDLE
+        else:
+            state = PathState.LAPSED
+        if self._enter(state, now) and state is PathState.LAPSED:
+            self.unasked_at = now
+        return state
+
+    def forgotten_at(self) -> float:
+        """When nothing has been heard for so long that the address may be somebody else's."""
+        since = self.since if self.endpoint is None else self.refreshed_at
+        return since + max(FORGET_AFTER, 2 * self.interval + IDLE_SLACK)
+
+    def next_deadline(self) -> float:
+        """When its state changes by the passing of time, or an unasked ECHO is due."""
+        if self.endpoint is None or self.state is PathState.LAPSED:
+            return min(self.forgotten_at(), self.unasked_at)
+        if self.state is PathState.IDLE:
+            return self.refreshed_at + self.interval + IDLE_SLACK + _TICK
+        return self.refreshed_at + max(FRESH_FOR, 4 * (self.rtt or 0.0)) + _TICK
+
+
+class Candidate:
+    """An address that claims a path, and the bytes it must send back to get it."""
+
+    __slots__ = ("arrived_at", "challenged_at", "endpoint", "expires_at", "probe", "token")
+
+    def __init__(self, endpoint: Any, token: bytes, now: float) -> None:
+        self.endpoint = endpoint
+        self.token = token
+        self.expires_at = now + CHALLENGE_LIFETIME
+        self.challenged_at = now
+        self.arrived_at = now
+        self.probe: Probe

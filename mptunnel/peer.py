@@ -1,0 +1,542 @@
+"""One remote party: IP packets in, datagrams out, and the other way round; sessions, handshakes, WireGuard's timers.
+
+**Keys.** There are at most three sessions: `previous`, `current` and `next` (paper, 6.1). We send under `current` only;
+what arrives under any of them is taken while it is younger than 180 s. An initiator's new session is current at
+once, and its first datagram confirms it; a responder's is `next` until something authentic comes in under it. So a
+replayed initiation never becomes a session that is used.
+
+**Sending.** Without a session packets are staged (128, the oldest yields) and a handshake is started. With one, the
+packets of a batch are sealed once, in runs of one size, and the scheduler says which paths get how much of a run.
+
+**Receiving.** A run of datagrams with one index from one source is opened as a whole; only what is new and authentic
+gets any further. Then, once for the batch: confirm, timers, credit of the path; then each plaintext: empty is a
+keepalive, a first byte below 0x10 a control message (its subclass knows which), else an IP packet, which must come
+from an address that the peer may use.
+
+A stock peer has one endpoint, the source of its newest authentic datagram, and gets one copy. Everything about
+several paths is in the two subclasses, `ServerPeer` and `ClientPeer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import noise
+from mptunnel.errors import BadPacketError, NotAuthenticError
+from mptunnel.events import Transmit
+from mptunnel.messages import MACS_SIZE
+from mptunnel.packet import trim
+from mptunnel.receipts import Receipts
+from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
+from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Sequence
+
+    from mptunnel.packet import Buffer
+    from mptunnel.path import Path
+
+log = logging.getLogger(__name__)
+
+MAX_STAGED: Final = 128
+MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
+MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
+INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
+ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
+
+Owner = tuple["Peer", Session | None]
+
+
+class IndexTable:
+    """Session indices: which peer, and which of its sessions (None: a handshake), a received index belongs to."""
+
+    __slots__ = ("_entropy", "_owners")
+
+    def __init__(self, entropy: Callable[[int], bytes]) -> None:
+        self._entropy = entropy
+        self._owners: dict[int, Owner] = {}
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def new(self, peer: Peer) -> int:
+        """Return a random index that nobody uses, for a handshake of `peer`."""
+        while (index := int.from_bytes(self._entropy(4), "little")) in self._owners:
+            pass
+        self._owners[index] = (peer, None)
+        return index
+
+    def settle(self, peer: Peer, session: Session) -> None:
+        """The handshake of this index has become a session."""
+        self._owners[session.local_index] = (peer, session)
+
+    def drop(self, index: int) -> None:
+        """Forget an index."""
+        self._owners.pop(index, None)
+
+    def find(self, index: int) -> Owner | None:
+        """Return whose index this is."""
+        return self._owners.get(index)
+
+
+class Identity:
+    """What all peers of one program share: our key, the index table, timestamps, randomness, counted drops."""
+
+    __slots__ = ("drops", "entropy", "indices", "key", "rng", "timestamps")
+
+    def __init__(
+        self,
+        key: noise.StaticKey,
+        timestamps: noise.Timestamps,
+        entropy: Callable[[int], bytes],
+        rng: random.Random,
+        drops: Counter[str],
+    ) -> None:
+        self.key = key
+        self.timestamps = timestamps
+        self.entropy = entropy
+        self.rng = rng
+        self.indices = IndexTable(entropy)
+        self.drops = drops
+
+    def with_key(self, key: noise.StaticKey) -> Identity:
+        """Return the same for another key of ours, with an index table of its own."""
+        return Identity(key, self.timestamps, self.entropy, self.rng, self.drops)
+
+
+class Peer:
+    """One remote party. `name` is for the log; `mtu` is the size that padding does not exceed."""
+
+    def __init__(self, identity: Identity, remote: noise.Remote, name: str, mtu: int, now: float) -> None:
+        self.identity = identity
+        self.remote = remote
+        self.name = name
+        self.mtu = mtu
+        self.timers = PeerTimers(identity.rng)
+        self.previous: Session | None = None
+        self.current: Session | None = None
+        self.next: Session | None = None
+        self.initiation: noise.Initiation | None = None
+        self.receipts = Receipts()
+        self.is_multipath = False
+        self.window = NARROW_WINDOW
+        self.endpoint: Any = None  # of a stock peer
+        self.packets_sent = self.bytes_sent = 0
+        self.packets_received = self.bytes_received = 0
+        self.data_at = -INF  # when an IP packet went either way last
+        self.heard_at = -INF  # when anything authentic came in last
+        self.scheduled_at = INF  # for the role that keeps many peers in one heap
+        self._staged: deque[bytes] = deque(maxlen=MAX_STAGED)
+        self._cookies: dict[Any, tuple[bytes, float]] = {}
+        self._attempts = 0
+        self._initiated_at = -INF
+        self._accepted_at = -INF
+        self._timestamp = bytes(12)
+        self._answered: tuple[bytes, bytes, float] = (b"", b"", -INF)
+        self._serial = 0
+        self._was_renewed_at_its_end = False
+
+    # -- sending ---------------------------------------------------------------------------------------
+
+    def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+        """Seal IP packets and append what goes on the wire to `out`, or stage them until there is a session."""
+        session = self.current
+        self.data_at = now
+        if session is None or not session.is_alive(now):
+            self._stage(packets)
+            self._want_handshake(now, out)
+            return
+        at = 0
+        while at < len(packets):
+            at += self._send_run(session, packets, at, now, out)
+        self.timers.data_sent(now)
+        if session.wants_successor(now):
+            self._want_handshake(now, out)
+
+    def _send_run(
+        self, session: Session, packets: Sequence[Buffer], start: int, now: float, out: list[Transmit]
+    ) -> int:
+        """Send the packets from `start` on that make one run; return how many they are."""
+        size = total = sealed_size(len(packets[start]), self.mtu)
+        count = 1
+        most = min(MAX_SEGMENTS, MAX_RUN // size, len(packets) - start)
+        while count < most:
+            more = sealed_size(len(packets[start + count]), self.mtu)
+            if more > size:
+                break
+            total += more
+            count += 1
+            if more < size:
+                break
+        run = packets[start : start + count]
+        chosen = self._choose(count, size, now)
+        if not chosen:
+            self._stage(run)
+            return count
+        data = bytearray(total)
+        session.seal_run(run, data, self.mtu)
+        self.packets_sent += count
+        self.bytes_sent += sum(map(len, run))
+        view = memoryview(data).toreadonly()
+        for path, to, given in chosen:
+            part = view if given == count else view[: given * size]
+            out.append(Transmit(to, part, size))
+            if path is not None:
+                path.sent(given, len(part))
+        self.timers.anything_sent(now)
+        return count
+
+    def _stage(self, packets: Sequence[Buffer]) -> None:
+        lost = len(self._staged) + len(packets) - MAX_STAGED
+        if lost > 0:
+            self.identity.drops["staged too long"] += lost
+        self._staged.extend(bytes(packet) for packet in packets)
+
+    def _flush(self, now: float, out: list[Transmit]) -> None:
+        if self._staged:
+            packets = list(self._staged)
+            self._staged.clear()
+            self.send(packets, now, out)
+
+    def _send_control(self, plain: bytes, to: Any, path: Path | None, now: float, out: list[Transmit]) -> None:
+        """Seal one control message (or a keepalive, if it is empty) for one way out."""
+        session = self.current
+        if session is None or not session.is_alive(now) or to is None:
+            return
+        datagram = session.seal(plain)
+        out.append(Transmit(to, datagram, len(datagram)))
+        if path is not None:
+            path.sent(1, len(datagram))
+        self.timers.anything_sent(now)
+        if session.wants_successor(now):
+            self._want_handshake(now, out)
+
+    # -- receiving -------------------------------------------------------------------------------------
+
+    def receive(
+        self,
+        session: Session,
+        datagrams: memoryview,
+        size: int,
+        source: Any,
+        now: float,
+        inbox: list[Buffer],
+        out: list[Transmit],
+    ) -> None:
+        """Take a run of type 4 datagrams under `session` from `source`; append IP packets to `inbox`."""
+        path = self.path_at(source)
+        opened = session.open(datagrams, size, None if path is None else path.id, now)
+        new = len(opened.plain)
+        if opened.bad or opened.late or opened.expired:
+            self._count_drops(opened.bad, opened.late, opened.expired)
+        if opened.repeated:
+            self.identity.drops["duplicate"] += opened.repeated
+        if path is not None and (new or opened.credited):
+            path.received(new + opened.credited, len(datagrams), min(size, len(datagrams)))
+        if not new:
+            return
+        self._authenticated(session, source, now, out)
+        controls: list[tuple[int, bytes]] = []
+        data: list[int] = []
+        for counter, plain in zip(opened.counters, opened.plain, strict=True):
+            if not plain:
+                session.window.mark_control(counter)
+            elif plain[0] < 0x10:
+                session.window.mark_control(counter)
+                controls.append((counter, plain))
+            else:
+                self._take_packet(plain, counter, data, inbox)
+        if data:
+            self.packets_received += len(data)
+            self.data_at = now
+            self.receipts.arrived(session, data, now)
+            self.timers.data_received(now)
+        for counter, plain in controls:
+            try:
+                self._control(session, counter, plain, source, now, out)
+            except BadPacketError:
+                self.identity.drops["malformed control message"] += 1
+
+    def _take_packet(self, plain: bytes, counter: int, data: list[int], inbox: list[Buffer]) -> None:
+        try:
+            packet = trim(plain)
+        except BadPacketError:
+            self.identity.drops["malformed IP packet"] += 1
+            return
+        if not self._allows(packet):
+            self.identity.drops["source not allowed"] += 1
+            return
+        inbox.append(packet)
+        data.append(counter)
+        self.bytes_received += len(packet)
+
+    def _count_drops(self, bad: int, late: int, expired: int) -> None:
+        drops = self.identity.drops
+        if bad:
+            drops["not authentic"] += bad
+        if late:
+            drops["below the window"] += late
+        if expired:
+            drops["key too old"] += expired
+
+    def _authenticated(self, session: Session, source: Any, now: float, out: list[Transmit]) -> None:
+        self.heard_at = now
+        self.timers.anything_received(now)
+        if not self.is_multipath:
+            self._learn_endpoint(source)
+        if session is self.next:
+            self._drop(self.previous)
+            self.previous, self.current, self.next = self.current, session, None
+            self._confirmed(now, out)
+        elif session is self.current and session.is_near_its_end(now) and not self._was_renewed_at_its_end:
+            self._was_renewed_at_its_end = True
+            self._want_handshake(now, out)
+
+    # -- handshake -------------------------------------------------------------------------------------
+
+    def accept_initiation(self, consumed: noise.Consumed, message: bytes, source: Any, now: float) -> bytes | None:
+        """Answer an initiation that opened with a response; None if it is a replay or comes too soon."""
+        if consumed.timestamp <= self._timestamp:
+            self.identity.drops["initiation replayed"] += 1
+            return None
+        if now - self._accepted_at < INITIATION_SPACING:
+            self.identity.drops["initiation too soon"] += 1
+            return None
+        self._timestamp = consumed.timestamp
+        self._accepted_at = now
+        self._forget_initiation()
+        index = self.identity.indices.new(self)
+        response, keys = noise.create_response(self.remote, consumed, index, self.identity.entropy)
+        self._drop(self.next)
+        self._drop(self.previous)
+        self.previous = None
+        self.next = self._new_session(keys, now)
+        self.timers.handshake_done(now)
+        if not self.is_multipath:
+            self._learn_endpoint(source)
+        self._answered = (message[:-MACS_SIZE], response, now + ANSWER_LIFETIME)
+        return response
+
+    def repeated_response(self, message: bytes, now: float) -> bytes | None:
+        """Return the response again, if `message` is a copy of the initiation accepted less than 5 s ago."""
+        body, response, until = self._answered
+        return response if now < until and body == message[:-MACS_SIZE] else None
+
+    def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
+        """Finish our handshake; a response that does not fit is counted, and we go on waiting."""
+        initiation = self.initiation
+        if initiation is None:
+            self.identity.drops["response not expected"] += 1
+            return
+        try:
+            keys = noise.consume_response(self.identity.key, self.remote, initiation, message)
+        except NotAuthenticError:
+            self.identity.drops["response not authentic"] += 1
+            return
+        self.initiation = None
+        self._attempts = 0
+        session = self._new_session(keys, now)
+        if self.next is not None:
+            self._drop(self.current)
+            self._drop(self.previous)
+            self.previous, self.next = self.next, None
+        else:
+            self._drop(self.previous)
+            self.previous = self.current
+        self.current = session
+        self.heard_at = now
+        self.timers.handshake_done(now)
+        self.timers.anything_received(now)
+        self._confirmed(now, out)
+
+    def cookie_received(self, message: bytes, source: Any) -> None:
+        """Keep a cookie for mac2 of the next initiation to `source`."""
+        if self.initiation is None:
+            self.identity.drops["cookie not expected"] += 1
+            return
+        try:
+            cookie = noise.open_cookie(self.remote, message, self.initiation.mac1)
+        except NotAuthenticError:
+            self.identity.drops["cookie not authentic"] += 1
+            return
+        self._cookies[self._way_of(source)] = (cookie, self._initiated_at)
+        self.cookie_at(source)
+
+    def cookie_at(self, source: Any) -> None:
+        """Hook: a cookie has come from `source`; the next repeat carries it."""
+
+    def _want_handshake(self, now: float, out: list[Transmit]) -> None:
+        """Start a handshake, unless one is under way; if it is too soon after the last one, later."""
+        if self.initiation is not None:
+            return
+        earliest = self._next_handshake_at()
+        if now >= earliest:
+            self._attempts = 0
+            self._initiate(now, out)
+        elif self.current is None or not self.current.is_alive(now):
+            self.timers.at_the_latest(Timer.RETRANSMIT, earliest)
+
+    def _initiate(self, now: float, out: list[Transmit]) -> None:
+        """Send a new initiation on every way there is."""
+        ways = self._handshake_ways(now)
+        if not ways:
+            return
+        self._forget_initiation()
+        index = self.identity.indices.new(self)
+        timestamp = self.identity.timestamps.next(now)
+        self.initiation = noise.create_initiation(
+            self.identity.key, self.remote, index, timestamp, self.identity.entropy
+        )
+        self._initiated_at = now
+        self._attempts += 1
+        self.timers.initiation_sent(now, self._patience(now))
+        self._repeat(ways, now, out)
+
+    def _repeat(self, ways: Sequence[Any], now: float, out: list[Transmit]) -> None:
+        """Send the initiation that waits on these ways: the same bytes, mac2 apart."""
+        if self.initiation is None:
+            return
+        for way in ways:
+            datagram = self.initiation.datagram
+            cookie, got_at = self._cookies.get(way, (b"", -INF))
+            if cookie and now - got_at < noise.COOKIE_USABLE:
+                datagram = noise.with_mac2(datagram, cookie)
+            out.append(Transmit(way, datagram, len(datagram)))
+        self.timers.anything_sent(now)
+
+    def _forget_initiation(self) -> None:
+        if self.initiation is not None:
+            self.identity.indices.drop(self.initiation.index)
+            self.initiation = None
+
+    def _new_session(self, keys: noise.SessionKeys, now: float) -> Session:
+        self._serial += 1
+        self._was_renewed_at_its_end = False
+        session = Session(keys, self._serial, now, self.window)
+        self.identity.indices.settle(self, session)
+        return session
+
+    def _widen(self) -> None:
+        """The peer sends copies: what comes late is wanted."""
+        self.window = WINDOW
+        for session in (self.previous, self.current, self.next):
+            if session is not None:
+                session.window.width = WINDOW
+
+    def _drop(self, session: Session | None) -> None:
+        if session is not None:
+            self.identity.indices.drop(session.local_index)
+            self.receipts.retire(session, self._paths_in_use())
+            session.close()
+
+    def forget_keys(self) -> None:
+        """Drop every session and handshake at once."""
+        for session in (self.previous, self.current, self.next):
+            self._drop(session)
+        self.previous = self.current = self.next = None
+        self._forget_initiation()
+        self.timers.keys_zeroed()
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due."""
+        return self.timers.next_deadline()
+
+    def handle_timeout(self, now: float, out: list[Transmit]) -> None:
+        """Do what is due."""
+        for timer in self.timers.expired(now):
+            self._expired(timer, now, out)
+
+    def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
+        match timer:
+            case Timer.RETRANSMIT:
+                self._retransmit(now, out)
+            case Timer.KEEPALIVE:
+                self._send_keepalive(now, out)
+                self.timers.keepalive_sent(now)
+            case Timer.PERSISTENT:
+                self._send_keepalive(now, out)
+            case Timer.NEW_HANDSHAKE:
+                log.debug("%s has been silent for 15 s: new handshake", self.name)
+                self._want_handshake(now, out)
+            case Timer.ZERO_KEYS:
+                self.forget_keys()
+            case Timer.SETTLE:
+                self._settle_at(self.receipts.settle(self._paths_in_use(), now))
+            case _:
+                pass
+
+    def _retransmit(self, now: float, out: list[Transmit]) -> None:
+        if self._attempts <= MAX_ATTEMPTS:
+            self._initiate(now, out)
+            return
+        log.info("%s did not answer %d handshakes: waiting for traffic", self.name, self._attempts)
+        self._forget_initiation()
+        self._staged.clear()
+        self.timers.handshake_given_up(now)
+
+    def _send_keepalive(self, now: float, out: list[Transmit]) -> None:
+        if self.current is None or not self.current.is_alive(now):
+            self._want_handshake(now, out)
+            return
+        for path, to, _ in self._choose(1, 32, now):
+            self._send_control(b"", to, path, now, out)
+
+    def _settle_at(self, when: float) -> None:
+        self.timers.at(Timer.SETTLE, when)
+
+    def sent(self) -> dict[str, int]:
+        """IP packets that we have sealed, and their bytes."""
+        return {"packets": self.packets_sent, "bytes": self.bytes_sent}
+
+    def received(self) -> dict[str, int]:
+        """IP packets that came in, and their bytes."""
+        return {"packets": self.packets_received, "bytes": self.bytes_received}
+
+    # -- what a peer of ours does differently ----------------------------------------------------------
+
+    def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[Path | None, Any, int]]:
+        """Which ways get how many leading datagrams of a run. A stock peer: its endpoint, all."""
+        return [] if self.endpoint is None else [(None, self.endpoint, count)]
+
+    def _handshake_ways(self, now: float) -> list[Any]:
+        return [] if self.endpoint is None else [self.endpoint]
+
+    def _way_of(self, source: Any) -> Any:
+        """What `to` leads to `source`."""
+        return source
+
+    def path_at(self, source: Any) -> Path | None:
+        """Return the path that is bound to `source`."""
+        return None
+
+    def _paths_in_use(self) -> int:
+        """A bit for each path that copies are expected on."""
+        return 0
+
+    def _learn_endpoint(self, source: Any) -> None:
+        self.endpoint = source
+
+    def _allows(self, packet: Buffer) -> bool:
+        raise NotImplementedError
+
+    def _next_handshake_at(self) -> float:
+        """When a fresh initiation may be sent at the earliest."""
+        return self._initiated_at + REKEY_TIMEOUT
+
+    def _patience(self, now: float) -> float:
+        """How long to wait for a response; 0: as WireGuard does."""
+        return 0.0
+
+    def _confirmed(self, now: float, out: list[Transmit]) -> None:
+        """There is a new current session that both sides have."""
+        raise NotImplementedError
+
+    def _control(
+        self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
+    ) -> None:
+        raise NotImplementedError

@@ -1,0 +1,137 @@
+"""Receipts: who delivered what, settled exactly, two seconds after the fact.
+
+The receiver's window knows for each counter which path delivered it first and which delivered it at all. A PROBE or
+an ECHO says how many IP packets its sender has sealed before it (`packets`). Its own counter is therefore a mark: all
+data below it was sealed before, and two seconds later every copy that will still come has come. Then
+
+* lost = packets sealed up to the mark - packets delivered up to the mark: lost on every path,
+* missed[path] = packets delivered by others that this path did not deliver: what this path alone would have cost,
+* saved = packets that were delivered although at least one path in use did not deliver them,
+* first[path] = packets whose first copy came by this path.
+
+What arrives later than that is added when it comes. A gap between two arrivals counts only if packets were lost
+between the two marks around it: silence of the application is no gap.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from mptunnel.messages import MAX_PATHS
+from mptunnel.session import FIRST_PATH, NO_PATH, WINDOW
+
+if TYPE_CHECKING:
+    from mptunnel.session import Session
+
+SETTLE_AFTER: Final = 2.0
+MARK_INTERVAL: Final = 0.2
+INF: Final = float("inf")
+_GAP: Final = 0.02  # s: shorter silences are not worth a look
+
+_IS_DATA = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
+
+
+class Receipts:
+    """The account of one direction, kept by its receiver."""
+
+    __slots__ = (
+        "_base", "_gap", "_last_at", "_marks", "_newest", "first", "longest_gap", "lost", "missed", "packets",
+        "received", "saved",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, Session, int, int, float]] = deque()
+        self._newest = (-1, -1)  # session and counter of the last mark
+        self._base: int | None = None  # the sender's count when ours began
+        self._last_at = 0.0
+        self._gap = 0.0
+        self.packets = 0
+        self.received = 0
+        self.lost = 0
+        self.saved = 0
+        self.longest_gap = 0.0
+        self.first = [0] * MAX_PATHS
+        self.missed = [0] * MAX_PATHS
+
+    def arrived(self, session: Session, counters: list[int], now: float) -> None:
+        """IP packets came in under these counters."""
+        silence = now - self._last_at
+        if silence > max(_GAP, self._gap) and self._last_at:
+            self._gap = silence
+        self._last_at = now
+        if counters[0] <= session.settled:
+            late = sum(counter <= session.settled for counter in counters)
+            self.received += late
+            self.lost = max(0, self.lost - late)
+
+    def mark(self, session: Session, counter: int, packets: int, now: float) -> float:
+        """The sender has sealed `packets` (modulo 2^32) before `counter`; return when `settle` should be called."""
+        is_newer = (session.serial, counter) > self._newest
+        if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
+            self._newest = (session.serial, counter)
+            self._marks.append((now + SETTLE_AFTER, session, counter, packets, self._gap))
+            self._gap = 0.0
+        if not self._marks:
+            return INF
+        return now if _is_crowded(self._marks[0][1]) else self._marks[0][0]
+
+    def settle(self, in_use: int, now: float) -> float:
+        """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again."""
+        while self._marks and (self._marks[0][0] <= now or _is_crowded(self._marks[0][1])):
+            _, session, counter, packets, gap = self._marks.popleft()
+            self._settle_window(session, counter, in_use)
+            if self._base is None:
+                self._base = packets - self.received
+            self.packets = (packets - self._base) % (1 << 32)
+            lost = max(0, self.packets - self.received)
+            if lost > self.lost:
+                self.longest_gap = max(self.longest_gap, gap)
+            self.lost = lost
+        return self._marks[0][0] if self._marks else INF
+
+    def status(self) -> dict[str, float]:
+        """What `status` shows of it."""
+        return {
+            "packets": self.packets,
+            "received": self.received,
+            "saved": self.saved,
+            "lost": self.lost,
+            "longest_gap_ms": round(self.longest_gap * 1e3, 3),
+        }
+
+    def restart(self) -> None:
+        """The sender counts from 0 again."""
+        self.__init__()  # type: ignore[misc]
+
+    def retire(self, session: Session, in_use: int) -> None:
+        """A session ends: account for what is left in its window, and forget its marks."""
+        self._settle_window(session, session.window.top, in_use)
+        self._marks = deque(mark for mark in self._marks if mark[1] is not session)
+
+    def _settle_window(self, session: Session, last: int, in_use: int) -> None:
+        window = session.window
+        last = min(last, window.top)
+        first = max(session.settled + 1, window.top - WINDOW + 1)
+        if last < first:
+            return
+        session.settled = last
+        who, paths = window.deliveries(first, last)
+        count = len(who)
+        data = int.from_bytes(who.translate(_IS_DATA), "little")
+        delivered = int.from_bytes(paths, "little")
+        self.received += data.bit_count() // 8
+        lacking_any = 0
+        for path in range(MAX_PATHS):
+            self.first[path] += who.count(FIRST_PATH + path)
+            if in_use >> path & 1:
+                bits = int.from_bytes(bytes((1 << path,)) * count, "little")
+                lacking = data & bits & ~delivered
+                self.missed[path] += lacking.bit_count()
+                lacking_any |= lacking >> path
+        self.saved += lacking_any.bit_count()
+
+
+def _is_crowded(session: Session) -> bool:
+    """Whether so much has come in that the window must be read before it forgets."""
+    return session.window.top - session.settled > WINDOW // 2

@@ -1,0 +1,46 @@
+"""Which paths carry a batch of datagrams, and how much of it.
+
+The answer is how many leading datagrams of the batch each path gets, 0 to all; so a slow path can be given the head
+of a batch that a fast one carries whole. One decision per batch, never per packet.
+
+`redundant` gives everything to every path that may carry data. Which paths may is not decided here: a client leaves
+out a path that has been silent for 30 s while another lives, a server those that were not refreshed (see `path`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Carrier(Protocol):
+    """What the scheduler must know of a path: how many bytes it takes now, None for any number."""
+
+    room: int | None
+
+
+AnyCarrier = TypeVar("AnyCarrier", bound=Carrier)
+
+
+class Redundant:
+    """Every packet over every path: a packet is lost only if all paths lose it."""
+
+    __slots__ = ()
+
+    def choose(self, count: int, size: int, carriers: Sequence[AnyCarrier]) -> list[tuple[AnyCarrier, int]]:
+        """Return the carriers that get something of `count` datagrams of `size` bytes, and how many each.
+
+        If none had room, the first one gets all: nothing is lost before it has been tried.
+        """
+        chosen = []
+        for carrier in carriers:
+            room = carrier.room
+            given = count if room is None or room >= count * size else room // size
+            if given > 0:
+                chosen.append((carrier, given))
+        if carriers and (not chosen or max(given for _, given in chosen) < count):
+            first = carriers[0]
+            chosen = [(first, count), *(pair for pair in chosen if pair[0] is not first)]
+        return chosen

@@ -1,0 +1,324 @@
+"""The server: which client a packet is for, who is let in, and what the command line may ask.
+
+Packets from the device are found by destination. Peers come to life when they first knock: a thousand records cost
+nothing. One heap of (deadline, peer) says whose turn it is; nothing walks all peers in a turn. Who is admitted is the
+`Register`'s affair; an ENROLLED goes out only after the register's files have been saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import __version__, noise
+from mptunnel.clientpeer import ClientPeer, JoinPeer
+from mptunnel.config import encode_key, key_short
+from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
+from mptunnel.events import RunScript, SaveState
+from mptunnel.messages import Address, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.packet import MIN_MTU, destination, trim
+from mptunnel.register import Register, Reply
+from mptunnel.role import INF, Role
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Address, IPv6Address
+
+    from mptunnel.config import Fields, Network, PeerRecord, TokenRecord
+    from mptunnel.events import Endpoint, Event
+    from mptunnel.packet import Buffer
+    from mptunnel.peer import Peer
+
+log = logging.getLogger(__name__)
+
+MAX_RESOLVERS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the server gives every client besides an address."""
+
+    mtu: int
+    ipv4_onward: bool
+    ipv6_onward: bool
+    dns: tuple[IPv4Address | IPv6Address, ...] = ()
+
+
+class Server(Role):
+    """Many clients on one port. Records are the server's own from now on; what changes is asked to be saved."""
+
+    def __init__(
+        self,
+        private_key: bytes,
+        network: Network,
+        peers: list[PeerRecord],
+        tokens: list[TokenRecord],
+        offer: Offer,
+        *,
+        reserved: int,
+        port: int,
+        entropy: Callable[[int], bytes],
+        rng: random.Random,
+        now: float,
+        wall: float,
+    ) -> None:
+        self.register = Register(network, peers, tokens, entropy, now=now, wall=wall)
+        super().__init__(
+            private_key, "server/timestamp", reserved=reserved, entropy=entropy, rng=rng, now=now, wall=wall
+        )
+        self.network = network
+        self.port = port
+        self._offer = offer
+        self._peers: dict[bytes, ClientPeer] = {}
+        self._joiners: dict[bytes, JoinPeer] = {}
+        self._heap: list[tuple[float, int, Peer]] = []
+        self._order = count()
+        self._unsaved: dict[int, tuple[JoinPeer, Enrolled, Endpoint]] = {}
+        self._binding: set[bytes] = set()  # tokens whose binding is being saved
+
+    # -- what the loop tells ---------------------------------------------------------------------------
+
+    def wall_is(self, now: float, wall: float) -> None:
+        """See `Role.wall_is`; tokens expire by the wall clock too."""
+        super().wall_is(now, wall)
+        self.register.offset = wall - now
+
+    def send(self, packets: Sequence[Buffer], now: float) -> None:
+        """Take IP packets from the device; consecutive packets to one client go there as a batch."""
+        at = 0
+        while at < len(packets):
+            end, peer = at + 1, self._peer_to(packets[at], now)
+            while end < len(packets) and _have_one_destination(packets[at], packets[end]):
+                end += 1
+            if peer is None:
+                self.drops["packet to nobody"] += end - at
+            else:
+                peer.send(packets[at:end], now, self._out)
+                self._attend(peer)
+            at = end
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due; at once while handshakes wait."""
+        if self._handshakes:
+            return -INF
+        return self._heap[0][0] if self._heap else INF
+
+    def handle_timeout(self, now: float) -> None:
+        """Do what is due."""
+        while self._heap and self._heap[0][0] <= now:
+            at, _, peer = heappop(self._heap)
+            if at == peer.scheduled_at:
+                peer.scheduled_at = INF
+                peer.handle_timeout(now, self._out)
+                self._after(peer, now)
+
+    def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
+        """The kernel refused datagrams: that is the affair of the path they were for."""
+        self.drops[f"not sent: {why}"] += datagrams
+        for peer in self._peers.values():
+            path = peer.path_at(to)
+            if path is not None:
+                path.not_sent(datagrams, size, why)
+                return
+
+    def events(self) -> list[Event]:
+        """Take out what the world is asked for."""
+        return self.register.take_saves() + super().events()
+
+    def job_done(self, job: Event, result: object, now: float) -> None:
+        """A job has ended; `result` is an exception if it failed."""
+        if not isinstance(job, SaveState):
+            return
+        failed = isinstance(result, Exception)
+        if failed:
+            log.warning("cannot save %s: %s; the tunnel goes on, but a restart would not know of it", job.name, result)
+        elif job.name == "server/timestamp" and isinstance(job.document, dict):
+            self.identity.timestamps.reserved(job.document["reserved"])
+        if id(job) in self._unsaved:
+            joiner, enrolled, source = self._unsaved.pop(id(job))
+            self._binding.discard(joiner.remote.public)
+            answer = Enrolled(EnrolResult.TRY_AGAIN, enrolled.public_key, noise.NO_PSK) if failed else enrolled
+            joiner.answer(answer, source, now, self._out)
+
+    def close(self, now: float) -> None:
+        """Say goodbye on every path, and leave the last timestamp on disk."""
+        for peer in self._peers.values():
+            peer.close(CloseReason.STOP, now, self._out)
+        self._save_last_timestamp()
+
+    # -- peers -----------------------------------------------------------------------------------------
+
+    def _peer_to(self, packet: Buffer, now: float) -> ClientPeer | None:
+        try:
+            public = self.register.key_at(destination(trim(packet)))
+        except BadPacketError:
+            return None
+        return None if public is None else self._peer_of(public, now)
+
+    def _peer_with(self, public: bytes, now: float) -> Peer | None:
+        return self._peer_of(public, now) or self._joiner_of(public, now)
+
+    def _peer_of(self, public: bytes, now: float) -> ClientPeer | None:
+        peer = self._peers.get(public)
+        if peer is None and (record := self.register.records.get(public)) is not None:
+            try:
+                remote = noise.Remote(self.key, public, record.psk)
+            except NotAuthenticError:
+                return None
+            peer = self._peers[public] = ClientPeer(
+                self.identity,
+                remote,
+                record,
+                now,
+                instance=self._instance,
+                clock_origin=self._clock_origin,
+                address=self._address_of(record),
+                mtu=self._offer.mtu,
+            )
+        return peer
+
+    def _joiner_of(self, public: bytes, now: float) -> JoinPeer | None:
+        joiner = self._joiners.get(public)
+        if joiner is None and (token := self.register.token_of(public)) is not None:
+            remote = noise.Remote(self.key, public, token.join_psk)
+            joiner = self._joiners[public] = JoinPeer(self.identity, remote, f"token {token.ident}", now)
+        return joiner
+
+    def _address_of(self, record: PeerRecord) -> Address:
+        ipv4, ipv6 = self.network.ipv4, self.network.ipv6
+        return Address(
+            ipv4_onward=self._offer.ipv4_onward,
+            ipv6_onward=self._offer.ipv6_onward,
+            prefix4=ipv4.prefixlen,
+            prefix6=ipv6.prefixlen,
+            client4=record.ipv4,
+            server4=ipv4[1],
+            client6=record.ipv6,
+            server6=ipv6[1],
+            mtu=self._offer.mtu,
+            dns=self._offer.dns[:MAX_RESOLVERS],
+        )
+
+    def _seen_from(self, source: Endpoint) -> Endpoint:
+        return source
+
+    def _after(self, peer: Peer, now: float) -> None:
+        if isinstance(peer, ClientPeer):
+            news, peer.news = peer.news, []
+            for item in news:
+                if isinstance(item, Hello):
+                    self._route_with_mtu(peer, item.mtu or MIN_MTU)
+                else:
+                    self.register.confirmed(peer.record.public_key, now)
+        elif isinstance(peer, JoinPeer):
+            asked, peer.news = peer.news, []
+            for enrol, source in asked:
+                self._enrol(peer, enrol, source, now)
+        self._attend(peer)
+
+    def _attend(self, peer: Peer) -> None:
+        """See to it that `peer` is called at its next deadline."""
+        at = peer.next_deadline()
+        if at < peer.scheduled_at:
+            peer.scheduled_at = at
+            heappush(self._heap, (at, next(self._order), peer))
+
+    def _route_with_mtu(self, peer: ClientPeer, mtu: int) -> None:
+        for address in (peer.record.ipv4, peer.record.ipv6):
+            self._events.append(RunScript("peer-up", {"peer": address, "mtu": min(mtu, self._offer.mtu)}))
+
+    # -- joining and administration --------------------------------------------------------------------
+
+    def _enrol(self, joiner: JoinPeer, enrol: Enrol, source: Endpoint, now: float) -> None:
+        public = joiner.remote.public
+        if public in self._binding:
+            return  # its answer goes out when the save is done
+        result, psk, save = self.register.enrol(public, enrol, self.key, now)
+        enrolled = Enrolled(result, enrol.public_key, psk)
+        if save is None:
+            key = key_short(enrol.public_key)
+            log.warning("%s: key %s from %s is refused: %s", joiner.name, key, source, result.name.lower())
+            joiner.answer(enrolled, source, now, self._out)
+        else:
+            self._binding.add(public)
+            self._unsaved[id(save)] = (joiner, enrolled, source)
+
+    def make_first_token(self, now: float) -> str | None:
+        """Return a new token if there is neither a client nor an open token; `join-token` keeps it until it is spent."""
+        return self.register.make_first_token(self.key.public, now)
+
+    def control(self, verb: str, arguments: Fields, now: float) -> Reply:
+        """Do what the command line asks. Raises ConfigError."""
+        match verb:
+            case "status":
+                return Reply(self.status(now))
+            case "token-new":
+                return self.register.new_token(self.key.public, arguments.text("label"), arguments.number("hours"), now)
+            case "token-list":
+                return Reply(self.register.token_views(now))
+            case "token-revoke":
+                return self.register.revoke_token(arguments.text("ident"), now)
+            case "peer-list":
+                return Reply([record.view() for record in self.register.records.values()])
+            case "peer-add":
+                return self._add_client(arguments, now)
+            case "peer-remove":
+                return self._remove_client(arguments.text("name"), now)
+        raise ConfigError(f"a server cannot be asked for {verb!a}")
+
+    def _add_client(self, arguments: Fields, now: float) -> Reply:
+        public = arguments.key("public_key")
+        if public == self.key.public:
+            raise ConfigError("this is the server's own key; give the client's, which 'mptunnel pubkey' prints there")
+        try:
+            noise.Remote(self.key, public)
+        except NotAuthenticError:
+            raise ConfigError(f"public key {encode_key(public)} is of low order: no key pair has it") from None
+        psk = self.identity.entropy(noise.KEY_SIZE) if arguments.flag("psk") else noise.NO_PSK
+        record, save = self.register.add(arguments.text("name"), public, psk, now, stock=arguments.flag("stock"))
+        more = {"psk": encode_key(psk), "server_public_key": encode_key(self.key.public), "port": self.port}
+        return Reply({**record.view(), **more}, save)
+
+    def _remove_client(self, name: str, now: float) -> Reply:
+        record, save = self.register.remove(name, now)
+        peer = self._peers.pop(record.public_key, None)
+        if peer is not None:
+            peer.close(CloseReason.NOT_ADMITTED, now, self._out)
+            peer.forget_keys()
+            self._forget_answers_of(peer)
+        for address in (record.ipv4, record.ipv6):
+            self._events.append(RunScript("peer-down", {"peer": address}))
+        log.info("%s is removed", name)
+        return Reply(record.view(), save)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The status object, format 1."""
+        return {
+            "format": 1,
+            "version": __version__,
+            "role": "server",
+            "state": "up",
+            "uptime": round(now - self._started_at, 1),
+            "public_key": encode_key(self.key.public),
+            "port": self.port,
+            "network": {"ipv4": str(self.network.ipv4), "ipv6": str(self.network.ipv6)},
+            "under_load": self._door.is_under_load(now),
+            "peers": [self._peer_status(record, now) for record in self.register.records.values()],
+            "drops": dict(self.drops),
+        }
+
+    def _peer_status(self, record: PeerRecord, now: float) -> dict[str, Any]:
+        peer = self._peers.get(record.public_key)
+        idle = {"state": "never", "multipath": False, "session_age": None, "paths": []}
+        return {**record.view(), **(idle if peer is None else peer.status(now))}
+
+
+def _have_one_destination(packet: Buffer, other: Buffer) -> bool:
+    try:
+        return destination(packet) == destination(trim(other))
+    except BadPacketError:
+        return False

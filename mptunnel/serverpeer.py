@@ -1,0 +1,518 @@
+"""The server, as its client sees it: probes on every path, HELLO, handshakes over several paths, tunnel MTU.
+
+**Handshake** (towards a server that has said HELLO, or that we join). The initiation goes out on all paths at once.
+While packets wait, or the tunnel is in use and deaf, the same bytes are repeated every 250 ms; a fresh one is made
+every 5 s, and every 25 s once 90 s have passed and nothing waits. It never gives up. Towards any other server one path
+is used at a time, and the next one is tried with every fresh initiation.
+
+**HELLO** is the first datagram under every session, on every path, and again every 500 ms until it is answered; after
+20 of them the server is taken for a stock WireGuard server.
+
+**Probes.** In use (an IP packet either way in the last 10 s): every 250 ms on every path that has a socket, and after
+every 32 KiB on a path, at most one in 20 ms. Otherwise every `idle_probe` seconds; an unanswered one is followed up
+every second until it is clear that the path is down. When no ECHO came on any path for max(0.75 s, 3 RTT) although
+probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
+
+**MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
+the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
+the least of what the paths that are up carry.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import messages
+from mptunnel.messages import (
+    MAX_PATHS,
+    PROTOCOL_VERSION,
+    WHOLE_SESSION,
+    Address,
+    Capability,
+    Challenge,
+    Close,
+    CloseReason,
+    Control,
+    Echo,
+    Enrol,
+    Enrolled,
+    Hello,
+    Use,
+)
+from mptunnel.packet import MIN_MTU
+from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.peer import Identity, Peer
+from mptunnel.scheduler import Redundant
+from mptunnel.session import REKEY_TIMEOUT
+from mptunnel.timers import (
+    ENROL_INTERVAL,
+    HELLO_INTERVAL,
+    INF,
+    PATIENT_INTERVAL,
+    REKEY_ATTEMPT_TIME,
+    REPEAT_INTERVAL,
+    Timer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from mptunnel.events import Transmit
+    from mptunnel.noise import Remote
+    from mptunnel.packet import Buffer
+    from mptunnel.session import Session
+
+log = logging.getLogger(__name__)
+
+IN_USE: Final = 10.0
+MAX_HELLOS: Final = 20
+DEAF_AFTER: Final = 0.75
+ANSWERED_SPACING: Final = 1.0
+FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
+PROOF_TRIES: Final = 5
+MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
+RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
+RESPONSES_PER_SECOND: Final = 256
+
+News = Hello | Address | Enrolled | Close | int  # int: the tunnel's MTU has changed to this
+
+
+class ServerPeer(Peer):
+    """The server at the other end of our paths. `paths` belongs to the client, which opens and closes them.
+
+    `news` is what the client must act on; it takes them out after every call.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        remote: Remote,
+        name: str,
+        now: float,
+        *,
+        paths: Mapping[int, ClientPath],
+        instance: int,
+        clock_origin: int,
+        mtu: int,
+        idle_probe: float,
+        is_ours: bool = False,
+        is_stock: bool = False,
+        enrol: Enrol | None = None,
+        allows: Callable[[Buffer], bool] | None = None,
+    ) -> None:
+        super().__init__(identity, remote, name, mtu, now)
+        self.paths = paths
+        self.news: list[News] = []
+        self.tunnel_mtu = MIN_MTU
+        self.is_ours = is_ours  # has said HELLO in an earlier run, or we join it
+        self.is_stock = is_stock
+        self.server_instance: int | None = None
+        self._scheduler = Redundant()
+        self._instance = instance
+        self._clock_origin = clock_origin
+        self._idle_probe = idle_probe
+        self._enrol = enrol
+        self._permits = allows
+        self._started_at = now
+        self._silent_from = now  # since when handshakes go unanswered
+        self._answered_at = -INF
+        self._echoed_at = -INF  # when an ECHO came on any path
+        self._mtu_changed_at = -INF
+        self._hello_serial = 1
+        self._hellos = 0
+        self._hello_is_answered = False
+        self._single = 0  # the path in use towards a server that is not known to take copies
+        self._is_closed = False  # the server has said that it stops
+        if is_ours:
+            self._widen()
+
+    # -- what the client tells -------------------------------------------------------------------------
+
+    def path_opened(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
+        """A path has a new socket: use it at once."""
+        path.opened(int.from_bytes(self.identity.entropy(4), "little"), now)
+        if self.speaks and self.current is not None and self.current.is_alive(now):
+            self._probe(path, now, out)
+        if self.initiation is not None:
+            self._repeat([way for way in self._handshake_ways(now) if way == path.id], now, out)
+        elif self.current is None or not self.current.is_alive(now):
+            self._want_handshake(now, out)
+
+    def close(self, reason: CloseReason, now: float, out: list[Transmit], path: int = WHOLE_SESSION) -> None:
+        """Say on every path that the session (or one path) ends."""
+        incarnation = self.paths[path].incarnation if path != WHOLE_SESSION else 0
+        plain = Close(path, reason, incarnation).encode()
+        if self.is_multipath:
+            for way in self._open_paths():
+                if way.id != path:
+                    self._send_control(plain, way.id, way, now, out)
+
+    def too_big(self, path: ClientPath, now: float) -> None:
+        """The kernel refused a datagram on `path` for its size: the size under test does not pass."""
+        if not path.carries and path.proof_tries:
+            path.proof_tries = -(-path.proof_tries // PROOF_TRIES) * PROOF_TRIES
+            path.probe_at = min(path.probe_at, now)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the server understands control messages, as far as we know: copies and probes are welcome."""
+        return (self.is_multipath or self.is_ours) and self._enrol is None
+
+    def in_use(self, now: float) -> bool:
+        """Whether an IP packet went either way in the last 10 s (or the session has only just begun)."""
+        return now - self.data_at < IN_USE or now - self._answered_at < IN_USE
+
+    # -- sending and receiving -------------------------------------------------------------------------
+
+    def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+        """See `Peer.send`; the first packets after a pause also make every path known again."""
+        was_idle = not self.in_use(now)
+        super().send(packets, now, out)
+        if was_idle:
+            self._probe_soon(now)
+            if self._staged and self.initiation is not None and not self.timers.is_armed(Timer.REPEAT):
+                self.timers.at(Timer.REPEAT, now)
+
+    def receive(
+        self,
+        session: Session,
+        datagrams: memoryview,
+        size: int,
+        source: Any,
+        now: float,
+        inbox: list[Buffer],
+        out: list[Transmit],
+    ) -> None:
+        """See `Peer.receive`; the first packets after a pause also make every path known again."""
+        was_idle = not self.in_use(now)
+        super().receive(session, datagrams, size, source, now, inbox, out)
+        if was_idle and self.data_at == now:
+            self._probe_soon(now)
+
+    def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
+        carriers = self._carriers(now)
+        return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
+
+    def _carriers(self, now: float) -> list[ClientPath]:
+        paths = self._open_paths()
+        if not (self.is_multipath or self.is_ours):
+            return [path for path in paths if path.id == self._single_path()]
+        wanted = [path for path in paths if path.use is Use.DATA and not path.is_silent(now)]
+        standby = [path for path in paths if path.use is Use.STANDBY and not path.is_silent(now)]
+        if any(path.state is PathState.UP for path in wanted):
+            return wanted
+        return wanted + standby or paths
+
+    def _handshake_ways(self, now: float) -> list[Any]:
+        if self.is_multipath or self.is_ours:
+            return [path.id for path in self._open_paths()]
+        single = self._single_path()
+        return [] if single is None else [single]
+
+    def _open_paths(self) -> list[ClientPath]:
+        return [path for path in self.paths.values() if path.is_open]
+
+    def _single_path(self) -> int | None:
+        ids = [path.id for path in self._open_paths()]
+        return ids[self._single % len(ids)] if ids else None
+
+    def path_at(self, source: Any) -> ClientPath | None:
+        """Return the path of this id."""
+        return self.paths.get(source)
+
+    def _paths_in_use(self) -> int:
+        if not self.is_multipath:
+            return 0
+        return sum(1 << path.id for path in self.paths.values() if path.use is Use.DATA)
+
+    def _learn_endpoint(self, source: Any) -> None:
+        """R8: the server's address is pinned; its packets move nothing."""
+
+    def _allows(self, packet: Buffer) -> bool:
+        return self._permits is None or self._permits(packet)
+
+    # -- handshake -------------------------------------------------------------------------------------
+
+    def _is_eager(self, now: float) -> bool:
+        """Whether something waits for this handshake, so that repeating it is worth while."""
+        if self._enrol is not None or (self._staged and now - self.data_at < IN_USE):
+            return True
+        if self.current is None and now - self._started_at < REKEY_ATTEMPT_TIME:
+            return True
+        return self.in_use(now)
+
+    def _initiate(self, now: float, out: list[Transmit]) -> None:
+        super()._initiate(now, out)
+        if self.initiation is not None and (self.is_multipath or self.is_ours):
+            self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+
+    def _next_handshake_at(self) -> float:
+        if self._answered_at > self._initiated_at:
+            return self._answered_at + ANSWERED_SPACING
+        return self._initiated_at + REKEY_TIMEOUT
+
+    def _patience(self, now: float) -> float:
+        is_patient = now - self._silent_from > REKEY_ATTEMPT_TIME and not self._is_eager(now)
+        return PATIENT_INTERVAL if is_patient else 0.0
+
+    def _retransmit(self, now: float, out: list[Transmit]) -> None:
+        self._single += 1
+        self._initiate(now, out)
+
+    def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
+        """See `Peer.response_received`."""
+        before = self.current
+        self._answered_at = now if self.initiation is not None else self._answered_at
+        super().response_received(message, now, out)
+        if self.current is not before:
+            self._silent_from = INF
+
+    def _confirmed(self, now: float, out: list[Transmit]) -> None:
+        self._echoed_at = now
+        self._is_closed = False
+        if self._enrol is not None:
+            self._send_enrol(now, out)
+            return
+        self._hellos = 0
+        self._hello_is_answered = False
+        if self.is_stock:
+            self._send_keepalive(now, out)
+        else:
+            self._send_hello(now, out)
+        if self.speaks:
+            self._probe_all(now, out)
+        self._flush(now, out)
+
+    # -- HELLO and ENROL -------------------------------------------------------------------------------
+
+    def change_hello(self, now: float, out: list[Transmit]) -> None:
+        """Something that HELLO says has changed: say it again, under a new serial."""
+        self._hello_serial += 1
+        self._hellos = 0
+        self._hello_is_answered = False
+        if not self.is_stock and self._enrol is None and self.current is not None:
+            self._send_hello(now, out)
+
+    def _send_hello(self, now: float, out: list[Transmit]) -> None:
+        if self._hellos >= MAX_HELLOS:
+            if not self.is_multipath:
+                log.info("%s does not answer our HELLO: taking it for a stock WireGuard server, one path", self.name)
+                self.is_stock = True
+                self.is_ours = False
+            return
+        self._hellos += 1
+        plain = Hello(
+            is_answer=False, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=Capability.MULTIPATH,
+            instance=self._instance, mtu=self.tunnel_mtu, mode=0, paths=len(self._open_paths()),
+            serial=self._hello_serial,
+        ).encode()  # fmt: skip
+        for way in self._handshake_ways(now):
+            self._send_control(plain, way, self.paths[way], now, out)
+        self.timers.at(Timer.HELLO, now + HELLO_INTERVAL)
+
+    def _hello_received(self, session: Session, hello: Hello, now: float, out: list[Transmit]) -> None:
+        if not hello.is_answer or hello.serial != self._hello_serial or session is not self.current:
+            self.identity.drops["HELLO not expected"] += 1
+            return
+        self.timers.stop(Timer.HELLO)
+        if self._hello_is_answered:
+            return
+        self._hello_is_answered = True
+        if hello.oldest > PROTOCOL_VERSION or hello.version < PROTOCOL_VERSION:
+            log.error(
+                "%s speaks version %d to %d of our control messages, we speak %d: one path only; update the older one",
+                self.name, hello.oldest, hello.version, PROTOCOL_VERSION,
+            )  # fmt: skip
+            self.is_stock, self.is_ours, self.is_multipath = True, False, False
+            return
+        if self.server_instance != hello.instance:
+            if self.server_instance is not None:
+                self.receipts.restart()
+                for path in self._open_paths():
+                    path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
+            self.server_instance = hello.instance
+        if Capability.MULTIPATH in hello.capabilities and not self.is_multipath:
+            self.is_multipath = self.is_ours = True
+            self._widen()
+        self.mtu = min(self.mtu, hello.mtu or MIN_MTU)
+        self.news.append(hello)
+        self._probe_soon(now)
+
+    def _send_enrol(self, now: float, out: list[Transmit]) -> None:
+        if self._enrol is not None:
+            for way in self._handshake_ways(now):
+                self._send_control(self._enrol.encode(), way, self.paths[way], now, out)
+            self.timers.at(Timer.ENROL, now + ENROL_INTERVAL)
+
+    # -- control messages ------------------------------------------------------------------------------
+
+    def _control(
+        self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
+    ) -> None:
+        kind, body = plain[0], memoryview(plain)
+        if self._enrol is not None:
+            if kind == Control.ENROLLED:
+                self.timers.stop(Timer.ENROL)
+                self.news.append(messages.decode_enrolled_untrusted(body))
+            elif kind == Control.CLOSE:
+                self.news.append(messages.decode_close_untrusted(body))
+            return
+        match kind:
+            case Control.ECHO:
+                self._echo_received(session, counter, messages.decode_echo_untrusted(body), source, now)
+            case Control.CHALLENGE:
+                self._challenged(messages.decode_challenge_untrusted(body), source, now, out)
+            case Control.HELLO:
+                self._hello_received(session, messages.decode_hello_untrusted(body), now, out)
+            case Control.ADDRESS:
+                self.news.append(messages.decode_address_untrusted(body))
+            case Control.CLOSE:
+                self._closed(messages.decode_close_untrusted(body), now, out)
+            case _:
+                self.identity.drops["unknown control message"] += 1
+
+    def _challenged(self, challenge: Challenge, source: Any, now: float, out: list[Transmit]) -> None:
+        path = self.paths.get(source)
+        if path is None or challenge.path != path.id or challenge.incarnation != path.incarnation:
+            self.identity.drops["challenge for another path"] += 1
+            return
+        self._send_control(challenge.encode(Control.RESPONSE), path.id, path, now, out)
+
+    def _echo_received(self, session: Session, counter: int, echo: Echo, source: Any, now: float) -> None:
+        path = self.paths.get(source)
+        if path is None or echo.path != path.id or echo.incarnation != path.incarnation:
+            self.identity.drops["echo for another path"] += 1
+            return
+        self.timers.at_the_latest(Timer.SETTLE, self.receipts.mark(session, counter, echo.packets, now))
+        path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)
+        if echo.is_unasked:
+            path.heard_unasked(echo.number, now)
+            return
+        proven = path.echo_received(echo.seq, echo.number, echo.held_us / 1e6, echo.tx, echo.rx, now)
+        if proven is None:
+            return
+        self._echoed_at = now
+        if path.answered(now):
+            log.info(
+                "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
+            )
+            path.probe_at = min(path.probe_at, now)  # what size does it carry?
+        if proven > path.carries:
+            path.carries = proven
+            self._consider_mtu(now)
+
+    def _closed(self, close: Close, now: float, out: list[Transmit]) -> None:
+        if close.path != WHOLE_SESSION or self._is_closed:
+            return
+        self._is_closed = True
+        self.news.append(close)
+        self._want_handshake(now, out)
+
+    # -- probes ----------------------------------------------------------------------------------------
+
+    def _probe_soon(self, now: float) -> None:
+        if self.speaks:
+            for path in self._open_paths():
+                path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
+
+    def _probe_all(self, now: float, out: list[Transmit]) -> None:
+        for path in self._open_paths():
+            self._probe(path, now, out)
+
+    def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
+        in_use = self.in_use(now)
+        follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
+        interval = PROBE_INTERVAL if in_use else FOLLOW_UP if follows_up else self._idle_probe
+        padded = self._size_to_prove(path, now)
+        others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
+        plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded)
+        self._send_control(plain, path.id, path, now, out)
+
+    def _now_us(self, now: float) -> int:
+        return (round(now * 1e6) + self._clock_origin) % (1 << 64)
+
+    def next_deadline(self) -> float:
+        """When `handle_timeout` is due."""
+        due = self.timers.next_deadline()
+        if self.speaks and self.current is not None:
+            due = min(due, *(path.probe_at for path in self.paths.values()), INF)
+        return due
+
+    def handle_timeout(self, now: float, out: list[Transmit]) -> None:
+        """Do what is due."""
+        super().handle_timeout(now, out)
+        if not self.speaks or self.current is None:
+            return
+        if not self.current.is_alive(now):
+            for path in self.paths.values():
+                path.probe_at = INF
+            self._want_handshake(now, out)
+            return
+        for path in self._open_paths():
+            if path.probe_at <= now:
+                self._probe(path, now, out)
+                if path.fell_silent(now):
+                    self._log_silence(path, now)
+                    self._consider_mtu(now)
+        self._listen(now, out)
+
+    def _log_silence(self, path: ClientPath, now: float) -> None:
+        heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
+        log.info("path %s down: %d probes unanswered, %s", path.name, path.unanswered - 1, heard)
+
+    def _listen(self, now: float, out: list[Transmit]) -> None:
+        """Start a handshake if no path has answered for a while: the server may know us no longer."""
+        asked = [path.silent_since for path in self._open_paths()]
+        if not asked:
+            return
+        rtt = min((path.min_rtt for path in self._open_paths() if path.min_rtt < INF), default=0.0)
+        patience = max(DEAF_AFTER, 3 * rtt)
+        if not self.in_use(now):
+            patience = max(patience, 3 * FOLLOW_UP)
+        if now - max(self._echoed_at, max(asked)) > patience and max(asked) < INF:
+            if self._silent_from == INF:
+                self._silent_from = now
+            self._want_handshake(now, out)
+
+    # -- MTU -------------------------------------------------------------------------------------------
+
+    def _size_to_prove(self, path: ClientPath, now: float) -> int:
+        """The size that the next probe of `path` is padded to, 0 for a small one."""
+        if path.state is not PathState.UP or path.carries or now - path.heard_at > max(1.0, 4 * (path.rtt or 0.0)):
+            return 0
+        sizes = [self.mtu, *(step for step in MTU_STEPS if step < self.mtu)]
+        step, path.proof_tries = path.proof_tries // PROOF_TRIES, path.proof_tries + 1
+        if step < len(sizes):
+            return sizes[step]
+        return 0
+
+    def _consider_mtu(self, now: float) -> None:
+        """Adopt the MTU that every path that is up carries; it rises only after a while, and falls at once."""
+        up = [path for path in self._open_paths() if path.state is PathState.UP]
+        known = [path.carries for path in up if path.carries]
+        if not known or (len(known) < len(up) and self._mtu_changed_at == -INF and now - self._answered_at < 1.0):
+            return
+        mtu = min(known)
+        if mtu == self.tunnel_mtu or (mtu > self.tunnel_mtu and now - self._mtu_changed_at < RISE_AFTER):
+            return
+        log.info("tunnel MTU %d", mtu)
+        self.tunnel_mtu = mtu
+        self._mtu_changed_at = now
+        self.news.append(mtu)
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
+        match timer:
+            case Timer.REPEAT:
+                if self.initiation is not None and self._is_eager(now):
+                    self._repeat(self._handshake_ways(now), now, out)
+                    self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+            case Timer.HELLO:
+                if not self._hello_is_answered:
+                    self._send_hello(now, out)
+            case Timer.ENROL:
+                self._send_enrol(now, out)
+            case _:
+                super()._expired(timer, now, out)

@@ -1,0 +1,337 @@
+"""Transport keys in use: the counter that is never used twice, and the window that lets nothing in twice.
+
+`ReplayWindow` is also the duplicate filter of the tunnel. It keeps two bytes for each of the last 2^17 counters: who
+delivered it first, and a bit for each path that delivered it at all. The first says whether a copy may be dropped
+before it is decrypted; the second is what the receipts are made of. The check only reads; a counter is marked after
+its tag has been verified (RFC 6479). Consecutive counters, which is how
+a run of datagrams comes in, are looked up and marked by slices: a run of duplicates costs little more than one.
+
+A `Session` seals a packet once; the same bytes then go out on every path. A counter is spent even if nothing could
+be sent with it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mptunnel.noise import SessionKeys
+    from mptunnel.packet import Buffer
+
+WINDOW: Final = 1 << 17
+NARROW_WINDOW: Final = 1 << 13  # for a peer that sends one copy only
+REKEY_AFTER_MESSAGES: Final = 1 << 60
+REJECT_AFTER_MESSAGES: Final = (1 << 64) - (1 << 13) - 1
+REKEY_AFTER_TIME: Final = 120.0
+REJECT_AFTER_TIME: Final = 180.0
+KEEPALIVE_TIMEOUT: Final = 10.0
+REKEY_TIMEOUT: Final = 5.0
+CONTROL: Final = 1  # in the window: delivered, and sealed for one path only
+NO_PATH: Final = 2  # delivered, but by no path that is bound
+FIRST_PATH: Final = 3  # delivered first by path 0, and so on
+
+_MASK = WINDOW - 1
+_NONCE = struct.Struct("<4xQ")
+_ZEROS = bytes(PADDING)
+
+
+class ReplayWindow:
+    """The last 2^17 counters: which of them came in, by which path first, by which paths at all."""
+
+    __slots__ = ("_first", "_paths", "top", "width")
+
+    def __init__(self, width: int = NARROW_WINDOW) -> None:
+        self._first = mmap.mmap(-1, WINDOW)  # untouched pages cost nothing, so it is full size at once
+        self._paths = mmap.mmap(-1, WINDOW)
+        self.top = -1
+        self.width = width
+
+    def is_fresh(self, counter: int) -> bool:
+        """Whether a datagram with this counter may still be opened; read-only, so safe before authentication."""
+        if counter > self.top:
+            return True
+        return counter > self.top - self.width and not self._first[counter & _MASK]
+
+    def mark(self, counter: int, path: int | None = None) -> None:
+        """Remember an authenticated counter, and the path that brought it first."""
+        self.mark_run(counter, 1, path)
+
+    def mark_run(self, first: int, count: int, path: int | None = None) -> None:
+        """Mark `count` consecutive authenticated counters at once; all of them are fresh."""
+        last = first + count - 1
+        if last > self.top:
+            self._forget(self.top + 1, last)
+            self.top = last
+        who = bytes((NO_PATH if path is None else FIRST_PATH + path,)) * count
+        bit = bytes((0 if path is None else 1 << path,)) * count
+        at = 0
+        for low, high in _spans(first, count):
+            self._first[low:high] = who[at : at + high - low]
+            self._paths[low:high] = bit[at : at + high - low]
+            at += high - low
+
+    def seen_run(self, first: int, count: int) -> bool:
+        """Whether all of `count` consecutive counters have come in already and are within the window."""
+        if first + count - 1 > self.top or first <= self.top - self.width:
+            return False
+        return all(self._first.find(b"\0", low, high) < 0 for low, high in _spans(first, count))
+
+    def credit_run(self, first: int, count: int, path: int) -> int:
+        """Note that `path` delivered these seen counters too; return for how many of them that is news."""
+        news = 0
+        for low, high in _spans(first, count):
+            before = int.from_bytes(self._paths[low:high], "little")
+            bits = int.from_bytes(bytes((1 << path,)) * (high - low), "little")
+            news += (bits & ~before).bit_count()
+            self._paths[low:high] = (before | bits).to_bytes(high - low, "little")
+        return news
+
+    def mark_control(self, counter: int) -> None:
+        """Note that a marked counter was a control message: no other path was given a copy of it."""
+        self._first[counter & _MASK] = CONTROL
+
+    def deliveries(self, first: int, last: int) -> tuple[bytes, bytes]:
+        """Return, for counters `first` to `last` inclusive, who was first (0: nobody) and the bits of all paths."""
+        spans = list(_spans(first, last - first + 1))
+        return (
+            b"".join(self._first[low:high] for low, high in spans),
+            b"".join(self._paths[low:high] for low, high in spans),
+        )
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._first.close()
+        self._paths.close()
+
+    def _forget(self, first: int, last: int) -> None:
+        first = max(first, last - _MASK)
+        for low, high in _spans(first, last - first + 1):
+            self._first[low:high] = bytes(high - low)
+            self._paths[low:high] = bytes(high - low)
+
+
+class Opened:
+    """What came of a run of datagrams: the plaintexts, and how many were new, repeated or not authentic.
+
+    `counters` are those of `plain`, in the same order.
+    """
+
+    __slots__ = ("bad", "counters", "credited", "expired", "late", "plain", "repeated")
+
+    def __init__(self) -> None:
+        self.plain: list[bytes] = []
+        self.counters: Sequence[int] = ()
+        self.repeated = 0
+        self.credited = 0  # of the repeated ones: news for the path they came by
+        self.bad = 0
+        self.late = 0
+        self.expired = 0
+
+
+class Session:
+    """The keys of one handshake; `serial` orders the sessions of a peer."""
+
+    __slots__ = (
+        "_open", "_seal", "counter", "created_at", "is_initiator", "local_index", "remote_index", "serial", "settled",
+        "window",
+    )  # fmt: skip
+
+    def __init__(self, keys: SessionKeys, serial: int, now: float, width: int = NARROW_WINDOW) -> None:
+        self._seal = ChaCha20Poly1305(keys.send)
+        self._open = ChaCha20Poly1305(keys.receive)
+        self.local_index = keys.local_index
+        self.remote_index = keys.remote_index
+        self.is_initiator = keys.is_initiator
+        self.created_at = now
+        self.serial = serial
+        self.counter = 0
+        self.settled = -1  # receipts: counters up to here have been accounted for
+        self.window = ReplayWindow(width)
+
+    def is_alive(self, now: float) -> bool:
+        """Whether these keys may still be used (paper, 6.2)."""
+        return now - self.created_at < REJECT_AFTER_TIME and self.counter < REJECT_AFTER_MESSAGES
+
+    def wants_successor(self, now: float) -> bool:
+        """Whether whoever sends under these keys should start a handshake: only the initiator does so by age."""
+        return self.counter > REKEY_AFTER_MESSAGES or (self.is_initiator and now - self.created_at > REKEY_AFTER_TIME)
+
+    def is_near_its_end(self, now: float) -> bool:
+        """Whether an initiator that only receives should start a handshake too (165 s; once a session)."""
+        return self.is_initiator and now - self.created_at > REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT
+
+    def seal(self, packet: Buffer, limit: int = 0) -> bytes:
+        """Seal one packet into a datagram of its own. Padding goes to a multiple of 16, but not beyond `limit`."""
+        counter = self.counter
+        self.counter = counter + 1
+        head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
+        return head + self._seal.encrypt(_NONCE.pack(counter), _padded(packet, limit), None)
+
+    def seal_run(self, packets: Sequence[Buffer], out: bytearray, limit: int) -> int:
+        """Seal packets that are padded to one size, the last perhaps to a smaller one, into `out`, one after another.
+
+        Every path gets these same bytes. Returns the bytes written; `out` holds at least
+        `sealed_size(len(packet), limit)` for each.
+        """
+        counter, at = self.counter, 0
+        self.counter = counter + len(packets)
+        head, nonce, encrypt = TRANSPORT_HEADER.pack_into, _NONCE.pack, self._seal.encrypt_into
+        index = self.remote_index
+        with memoryview(out) as view:
+            for packet in packets:
+                plain = _padded(packet, limit)
+                head(out, at, TRANSPORT, index, counter)
+                end = at + len(plain) + OVERHEAD
+                encrypt(nonce(counter), plain, None, view[at + HEADER_SIZE : end])
+                counter += 1
+                at = end
+        return at
+
+    def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
+        """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
+
+        A copy of what has come in already is dropped for the price of looking at its counter. `path` is the bound
+        path they came by, None if there is none; it is credited with every counter once.
+        """
+        opened = Opened()
+        counters = read_counters(datagrams, size)
+        if not self.is_alive(now):
+            opened.expired = len(counters)
+            return opened
+        count = len(counters)
+        is_run = count > 1 and counters[-1] - counters[0] == count - 1 and counters == _consecutive(counters[0], count)
+        if is_run and self.window.seen_run(counters[0], count):
+            opened.repeated = count
+            if path is not None:
+                opened.credited = self.window.credit_run(counters[0], count, path)
+        elif is_run and counters[0] > self.window.top:
+            self._open_fresh_run(datagrams, size, counters, path, opened)
+        else:
+            self._open_singly(datagrams, size, counters, path, opened)
+        return opened
+
+    def close(self) -> None:
+        """Forget everything; the keys go with the object."""
+        self.window.close()
+
+    def _open_fresh_run(
+        self, datagrams: memoryview, size: int, counters: Sequence[int], path: int | None, opened: Opened
+    ) -> None:
+        decrypt, nonce, plain = self._open.decrypt, _NONCE.pack, opened.plain
+        at, end = HEADER_SIZE, size
+        try:
+            for counter in counters:
+                plain.append(decrypt(nonce(counter), datagrams[at:end], None))
+                at += size
+                end += size
+        except InvalidTag:
+            plain.clear()  # one of them is not authentic: find out which
+            self._open_singly(datagrams, size, counters, path, opened)
+            return
+        if counters[-1] >= REJECT_AFTER_MESSAGES:
+            plain.clear()
+            opened.bad = len(counters)
+            return
+        opened.counters = counters
+        self.window.mark_run(counters[0], len(counters), path)
+
+    def _open_singly(
+        self, datagrams: memoryview, size: int, counters: Sequence[int], path: int | None, opened: Opened
+    ) -> None:
+        window, fresh = self.window, []
+        for number, counter in enumerate(counters):
+            if counter <= window.top and not window.is_fresh(counter):
+                if counter <= window.top - window.width:
+                    opened.late += 1
+                    continue
+                opened.repeated += 1
+                if path is not None:
+                    opened.credited += window.credit_run(counter, 1, path)
+                continue
+            at = number * size
+            try:
+                plain = self._open.decrypt(_NONCE.pack(counter), datagrams[at + HEADER_SIZE : at + size], None)
+            except InvalidTag:
+                opened.bad += 1
+                continue
+            if counter >= REJECT_AFTER_MESSAGES:
+                opened.bad += 1
+                continue
+            window.mark_run(counter, 1, path)
+            opened.plain.append(plain)
+            fresh.append(counter)
+        opened.counters = fresh
+
+
+def sealed_size(length: int, limit: int) -> int:
+    """Return the bytes that a packet of `length` takes on the wire, padded but not beyond `limit`."""
+    padded = -(-length // PADDING) * PADDING
+    return (max(length, limit) if padded > limit > 0 else padded) + OVERHEAD
+
+
+def read_counters(datagrams: memoryview, size: int) -> tuple[int, ...]:
+    """Return the counters of a run of type 4 datagrams of `size` bytes each, the last perhaps shorter."""
+    length = len(datagrams)
+    if length <= size:
+        return (TRANSPORT_HEADER.unpack_from(datagrams)[2],)
+    return _counters(size, -(-length // size)).unpack_from(datagrams)
+
+
+def same_headers(datagrams: memoryview, size: int) -> Iterator[memoryview]:
+    """Yield runs of consecutive datagrams that have the same type and index; as a rule that is all of them at once."""
+    heads = _heads(size, -(-len(datagrams) // size), len(datagrams) % size or size).unpack_from(datagrams)
+    if heads.count(heads[0]) == len(heads):
+        yield datagrams
+        return
+    start = 0
+    for number in range(1, len(heads) + 1):
+        if number == len(heads) or heads[number] != heads[start]:
+            yield datagrams[start * size : number * size]
+            start = number
+
+
+@lru_cache(maxsize=1024)
+def _heads(size: int, count: int, last: int) -> struct.Struct:
+    """Return a layout that reads the first 8 bytes of each datagram (fewer of one that is shorter)."""
+    each = f"{min(8, size)}s{max(0, size - 8)}x"
+    return struct.Struct("<" + each * (count - 1) + f"{min(8, last)}s")
+
+
+@lru_cache(maxsize=1024)
+def _counters(size: int, count: int) -> struct.Struct:
+    return struct.Struct("<" + f"8xQ{size - HEADER_SIZE}x" * (count - 1) + "8xQ")
+
+
+def _consecutive(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
+
+
+def _spans(first: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield the one or two slices of the ring that hold `count` consecutive counters."""
+    low = first & _MASK
+    high = low + count
+    if high <= WINDOW:
+        yield low, high
+    else:
+        yield low, WINDOW
+        yield 0, high - WINDOW
+
+
+def _padded(packet: Buffer, limit: int) -> Buffer:
+    lacking = -len(packet) % PADDING
+    if limit and len(packet) + lacking > limit:
+        lacking = max(0, limit - len(packet))
+    return b"".join((packet, _ZEROS[:lacking])) if lacking else packet
+
+
+assert TAG_SIZE == OVERHEAD - HEADER_SIZE  # noqa: S101

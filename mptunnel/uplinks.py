@@ -1,0 +1,172 @@
+"""Which interface, address and gateway each path uses now: what `-i` said, held against what the host shows.
+
+A path is an interface, not an address. `-i NAME` is that interface. `-i ADDRESS` names the interface that holds the
+address when it is first seen; from then on the path is that interface, whatever address of the family it has, ADDRESS
+preferred. If ADDRESS turns up elsewhere while the interface has none, the path moves there. Without `-i` every
+interface with a default route is a path, tunnels apart.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mptunnel.config import MAX_PATHS, nearest
+from mptunnel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from ipaddress import IPv4Address, IPv6Address
+
+    from mptunnel.config import Gateway, Link
+
+    IPAddress = IPv4Address | IPv6Address
+
+TUNNELS: Final = frozenset({"tun", "wireguard", "ipip", "sit", "gre", "ip6tnl", "vti", "xfrm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a path leaves the host now: `gateway` None means that the server is reached on the link itself."""
+
+    interface: str
+    index: int
+    address: IPAddress
+    server: IPAddress
+    gateway: IPAddress | None
+    is_shared: bool = False  # another interface has the same address
+
+
+class Uplink:
+    """One `-i`, or one interface found."""
+
+    __slots__ = ("address", "interface", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.address = _address(name)
+        self.interface = "" if self.address else name
+
+
+class Uplinks:
+    """The paths that the user wants, by id."""
+
+    __slots__ = ("_is_open", "by_id")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._is_open = not names  # uplinks join and leave by themselves
+        self.by_id: dict[int, Uplink] = {number: Uplink(name) for number, name in enumerate(names)}
+
+    def check(self, links: Iterable[Link]) -> None:
+        """Raise ConfigError where an address cannot say which interface is meant."""
+        for uplink in self.by_id.values():
+            holders = [link.name for link in links if _holds(link, uplink.address)]
+            if len(holders) > 1:
+                raise ConfigError(
+                    f"-i {uplink.name}: {' and '.join(holders)} have this address; name the interface: -i {holders[0]}"
+                )
+
+    def find(
+        self, links: Sequence[Link], servers: Mapping[int, IPAddress], device: str, avoid: Mapping[int, int]
+    ) -> dict[int, Way | None]:
+        """Return how each path leaves the host, None where it cannot now.
+
+        `servers` is the server's address by IP version; `device` is our own; `avoid` gives, by path, an IP version
+        that has not worked there.
+        """
+        if self._is_open:
+            self._adopt(links, device)
+        found: dict[int, Way | None] = {}
+        for number, uplink in self.by_id.items():
+            link = self._link_of(uplink, links)
+            found[number] = None if link is None else _way(uplink, link, links, servers, avoid.get(number, 0))
+        return found
+
+    def advice(self, uplink: Uplink, links: Iterable[Link]) -> str:
+        """What to tell about an uplink that is not there."""
+        if uplink.address:
+            addresses = [str(address.ip) for link in links for address in link.addresses]
+            close = nearest(uplink.name, addresses)
+        else:
+            close = nearest(uplink.name, [link.name for link in links])
+        hint = f"; did you mean {close}?" if close else "; see 'ip -brief address'"
+        return f"-i {uplink.name} is not there{hint} It is taken up when it appears"
+
+    def _adopt(self, links: Iterable[Link], device: str) -> None:
+        wanted = [
+            link.name
+            for link in links
+            if link.name != device
+            and link.kind not in TUNNELS
+            and not link.name.startswith("mpt")
+            and (link.gateway4 is not None or link.gateway6 is not None)
+        ]
+        known = {uplink.name: number for number, uplink in self.by_id.items()}
+        for name in wanted:
+            if name in known:
+                continue
+            free = [number for number in range(MAX_PATHS) if number not in self.by_id]
+            gone = [number for old, number in known.items() if old not in wanted]
+            if free or gone:
+                number = (free or gone)[0]
+                known = {old: n for old, n in known.items() if n != number}
+                self.by_id[number] = Uplink(name)
+                known[name] = number
+
+    def _link_of(self, uplink: Uplink, links: Sequence[Link]) -> Link | None:
+        by_name = {link.name: link for link in links}
+        link = by_name.get(uplink.interface)
+        if uplink.address is None:
+            return link
+        version = uplink.address.version
+        if link is not None and any(address.version == version for address in link.addresses):
+            return link
+        holder = next((link for link in links if _holds(link, uplink.address)), None)
+        if holder is not None:
+            uplink.interface = holder.name
+            return holder
+        return link
+
+
+def _way(
+    uplink: Uplink, link: Link, links: Iterable[Link], servers: Mapping[int, IPAddress], avoided: int
+) -> Way | None:
+    """Return how `uplink` reaches the server by `link`: IPv4 first, unless the name or a failure says otherwise."""
+    if not link.up:
+        return None
+    versions = [uplink.address.version] if uplink.address else sorted(servers, key=lambda v: (v == avoided, v))
+    candidates = []
+    for version in versions:
+        server = servers.get(version)
+        address = _address_on(link, version, uplink.address)
+        if server is None or address is None:
+            continue
+        gateway = link.gateway4 if version == 4 else link.gateway6
+        is_on_link = any(server in address.network for address in link.addresses if address.version == version)
+        via = None if gateway is None or is_on_link else gateway.via
+        shared = any(_holds(other, address) for other in links if other.name != link.name)
+        way = Way(link.name, link.index, address, server, via, shared)
+        candidates.append((_rank(gateway, is_on_link=is_on_link), way))
+    return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
+
+
+def _rank(gateway: Gateway | None, *, is_on_link: bool) -> int:
+    """An address without any route to the server is the last choice."""
+    return 0 if gateway is not None or is_on_link else 1
+
+
+def _address_on(link: Link, version: int, preferred: IPAddress | None) -> IPAddress | None:
+    own = [address.ip for address in link.addresses if address.version == version]
+    return preferred if preferred in own else next(iter(own), None)
+
+
+def _holds(link: Link, address: IPAddress | None) -> bool:
+    return address is not None and any(own.ip == address for own in link.addresses)
+
+
+def _address(text: str) -> IPAddress | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
