@@ -44,7 +44,8 @@ from mptunnel.uplinks import Uplinks, Way
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Network, IPv6Network
 
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job
@@ -58,6 +59,7 @@ log = logging.getLogger(__name__)
 JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 RESOLVE_EVERY: Final = 3600.0
+RESOLVE_AGAIN: Final = 2.0  # while no address is known
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
@@ -96,7 +98,7 @@ class Membership:
 
 
 class Client(Role):
-    """One server, several paths. `servers` are its addresses as its name resolved."""
+    """One server, several paths. `servers` are its addresses as its name resolved, none while it does not."""
 
     def __init__(
         self,
@@ -106,7 +108,6 @@ class Client(Role):
         *,
         reserved: int,
         kept: Sequence[tuple[IPAddress, IPAddress]],
-        table: int,
         entropy: Callable[[int], bytes],
         rng: random.Random,
         now: float,
@@ -119,7 +120,6 @@ class Client(Role):
         self._membership = membership
         self._servers = list(servers)
         self._kept = tuple(kept)
-        self._table = table
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
         self._avoid: dict[int, int] = {}
@@ -134,7 +134,7 @@ class Client(Role):
         self._state_at = now
         self._has_warned = False
         self._joined: ServerRecord | None = None  # what is being saved
-        self._resolve_at = now + RESOLVE_EVERY
+        self._resolve_at = now + (RESOLVE_EVERY if servers else RESOLVE_AGAIN)
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._tried_servers_at = now
         self._peer = self._new_peer(now)
@@ -151,7 +151,7 @@ class Client(Role):
         peer = ServerPeer(
             self.identity,
             noise.Remote(self.key, record.public_key, psk),
-            settings.server or str(self._servers[0]),
+            settings.server,
             now,
             paths=self.paths,
             instance=self._instance,
@@ -169,12 +169,17 @@ class Client(Role):
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
+    def check_interfaces(self, links: Sequence[Link]) -> None:
+        """Raise ConfigError where `-i` does not say which interface is meant."""
+        self._uplinks.check(links)
+
     def links_changed(self, links: Sequence[Link], now: float) -> None:
-        """This is how the host's links are now. Raises ConfigError at the first call if `-i` is ambiguous."""
-        if not self._links:
-            self._uplinks.check(links)
-        self._links = tuple(links)
-        self._arrange(now)
+        """This is how the host's links are now."""
+        if tuple(links) != self._links:
+            self._links = tuple(links)
+            self._arrange(now)
+            if self._kept and self._tunnel is not None:
+                self._events.append(RunScript("keep", {"keep": self._kept}))
 
     def path_opened(self, number: int, port: int, now: float) -> None:
         """The socket of a path is open, on this local port."""
@@ -295,12 +300,12 @@ class Client(Role):
         path.interface, path.address = way.interface, way.address
         if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
             if path.is_open:
-                self._events.append(RunScript("path-up", self._path_values(path.id, way)))  # another gateway
+                self._events.append(RunScript("path-up", path_values(path.id, way)))  # another gateway
                 return
         elif path.is_open:
             path.closed(now)
             self._events.append(ClosePath(path.id))
-        self._events.append(RunScript("path-up", self._path_values(path.id, way)))
+        self._events.append(RunScript("path-up", path_values(path.id, way)))
 
     def _close_path(self, path: ClientPath, now: float) -> None:
         self._reopen_at.pop(path.id, None)
@@ -309,18 +314,7 @@ class Client(Role):
         if path.closed(now):
             log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
         self._events.append(ClosePath(path.id))
-        self._events.append(RunScript("path-down", {"path": path.id, "table": self._table}))
-
-    def _path_values(self, number: int, way: Way) -> Mapping[str, Any]:
-        return {
-            "path": number,
-            "interface": way.interface,
-            "address": way.address,
-            "gateway": way.gateway or (),
-            "server": way.server,
-            "shared": way.is_shared,
-            "table": self._table,
-        }
+        self._events.append(RunScript("path-down", {"path": path.id}))
 
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
@@ -329,7 +323,7 @@ class Client(Role):
             return
         number = job.values["path"]
         way = self._ways.get(number) if isinstance(number, int) else None
-        if way is None or job.values != self._path_values(way_number := int(str(number)), way):
+        if way is None or job.values != path_values(way_number := int(str(number)), way):
             return  # it has changed meanwhile; another job is on its way
         path = self.paths[way_number]
         if not path.is_open:
@@ -343,8 +337,8 @@ class Client(Role):
         return {address.version: address for address in reversed(self._servers)}
 
     def _resolve(self, now: float) -> None:
-        self._resolve_at = now + RESOLVE_EVERY
-        if self._settings.server and not _is_literal(self._settings.server):
+        self._resolve_at = now + (RESOLVE_EVERY if self._servers else RESOLVE_AGAIN)
+        if not _is_literal(self._settings.server):
             self._events.append(Resolve(self._settings.server, self._settings.port))
 
     def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
@@ -357,7 +351,9 @@ class Client(Role):
         record = self._membership.record
         record.addresses = tuple(map(str, self._servers))
         self._save_record(record)
-        if not (in_use & set(addresses)) and self._state != "up":
+        if not in_use:
+            self._arrange(now)
+        elif not (in_use & set(addresses)) and self._state != "up":
             self._next_server(now)
 
     def _next_server(self, now: float) -> None:
@@ -398,6 +394,8 @@ class Client(Role):
 
     def _whole_state(self, now: float) -> str:
         peer = self._peer
+        if self._membership.token is not None:
+            return "connecting"
         if peer.current is None or not peer.current.is_alive(now):
             return "silent" if self._state in {"up", "silent"} else "connecting"
         if not peer.is_multipath:
@@ -406,6 +404,8 @@ class Client(Role):
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
     def _why_silent(self) -> str:
+        if not self._servers:
+            return f"the name {self._settings.server} does not resolve to an address"
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
         return (
@@ -415,12 +415,12 @@ class Client(Role):
 
     def _unreachable(self) -> UnreachableError:
         return UnreachableError(
-            f"no answer from {self._membership_name()} in {JOIN_PATIENCE:.0f} s on any path: is mptunnel running there, "
-            f"is UDP port {self._settings.port} open in its firewall, and is the token that server's?"
+            f"no answer from {self._membership_name()} in {JOIN_PATIENCE:.0f} s on any path: is mptunnel running "
+            f"there, is UDP port {self._settings.port} open in its firewall, and is the token that server's?"
         )
 
     def _membership_name(self) -> str:
-        return spelling(self._settings.server or str(self._servers[0]), self._settings.port)
+        return spelling(self._settings.server, self._settings.port)
 
     # -- what the server says --------------------------------------------------------------------------
 
@@ -482,18 +482,7 @@ class Client(Role):
         if tunnel == self._tunnel:
             return
         self._tunnel = tunnel
-        values = {
-            "mtu": self._tunnel_mtu,
-            "address4": tunnel.address4 or (),
-            "peer4": tunnel.peer4 or (),
-            "address6": tunnel.address6 or (),
-            "peer6": tunnel.peer6 or (),
-            "routes": self._settings.routes,
-            "dns": tunnel.dns,
-            "servers": tuple(self._servers),
-            "keep": tuple(f"{local},{remote}" for local, remote in self._kept),
-            "table": self._table,
-        }
+        values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers), self._kept)
         self._events.append(RunScript("up", values))
         log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 
@@ -533,7 +522,7 @@ class Client(Role):
     def _saved(self, job: SaveState, failure: Exception | None, now: float) -> None:
         if failure is not None:
             log.warning("cannot save %s: %s; the tunnel goes on", job.name, failure)
-        if job.name == self._file and failure is None and isinstance(job.document, dict):
+        if job.name == self._file and isinstance(job.document, dict):
             self.identity.timestamps.reserved(job.document["reserved"])
         if self._joined is not None and job.name == _record_file(self._joined):
             if failure is not None:
@@ -620,6 +609,39 @@ class Client(Role):
             "missed": receipts.missed[path.id],
             "mtu": path.carries or None,
         }
+
+
+def path_values(number: int, way: Way) -> dict[str, Any]:
+    """What the script is told of a path (verb path-up)."""
+    return {
+        "path": number,
+        "interface": way.interface,
+        "address": way.address,
+        "gateway": way.gateway,
+        "server": way.server,
+        "shared": way.is_shared,
+    }
+
+
+def tunnel_values(
+    tunnel: Tunnel,
+    mtu: int,
+    routes: tuple[IPv4Network | IPv6Network, ...],
+    servers: tuple[IPAddress, ...],
+    kept: tuple[tuple[IPAddress, IPAddress], ...],
+) -> dict[str, Any]:
+    """What the script is told of the tunnel (verb up)."""
+    return {
+        "mtu": mtu,
+        "address4": tunnel.address4,
+        "peer4": tunnel.peer4,
+        "address6": tunnel.address6,
+        "peer6": tunnel.peer6,
+        "routes": routes,
+        "dns": tunnel.dns,
+        "servers": servers,
+        "keep": kept,
+    }
 
 
 def _host_port(host: str, port: int) -> str:

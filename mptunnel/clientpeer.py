@@ -263,6 +263,7 @@ class ClientPeer(Peer):
         path.bind(candidate, now)
         self._bound[source] = path
         self._send_echo(path, candidate.probe, candidate.arrived_at, now, 0, out)
+        path.received(1, 0, 0)  # the RESPONSE: it came by this path, after the probe that the ECHO answers
         self._flush(now, out)
 
     def _send_echo(

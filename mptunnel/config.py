@@ -320,13 +320,12 @@ def parse_network(text: str) -> IPv4Network:
 
 def spelling(host: str, port: int) -> str:
     """Return the form under which a server's `-c` is remembered: `host:port`, lower case."""
-    host = host.lower().removesuffix(".")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return _with_port(host.lower().removesuffix("."), port)
 
 
 def server_argument(host: str, port: int) -> str:
     """Return what a client writes behind `-c` for this server, the port only where it is not the default."""
-    return host if port == DEFAULT_PORT else spelling(host, port)
+    return host if port == DEFAULT_PORT else _with_port(host, port)
 
 
 def public_address(links: Iterable[Link]) -> IPv4Address | IPv6Address | None:
@@ -349,6 +348,10 @@ def client_line(server: str, token_text: str | None) -> str:
     """
     join = f" --join {token_text}" if token_text else ""
     return f"sudo mptunnel -c {server}{join}"
+
+
+def _with_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _gateway(link: Link, version: int) -> Gateway | None:

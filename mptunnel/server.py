@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import __version__, noise
 from mptunnel.clientpeer import ClientPeer, JoinPeer
-from mptunnel.config import encode_key, key_short
+from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import RunScript, SaveState
 from mptunnel.messages import Address, CloseReason, Enrol, Enrolled, EnrolResult, Hello
@@ -136,7 +136,7 @@ class Server(Role):
         failed = isinstance(result, Exception)
         if failed:
             log.warning("cannot save %s: %s; the tunnel goes on, but a restart would not know of it", job.name, result)
-        elif job.name == "server/timestamp" and isinstance(job.document, dict):
+        if job.name == self._file and isinstance(job.document, dict):
             self.identity.timestamps.reserved(job.document["reserved"])
         if id(job) in self._unsaved:
             joiner, enrolled, source = self._unsaved.pop(id(job))
@@ -248,8 +248,20 @@ class Server(Role):
             self._unsaved[id(save)] = (joiner, enrolled, source)
 
     def make_first_token(self, now: float) -> str | None:
-        """Return a new token if there is neither a client nor an open token; `join-token` keeps it until it is spent."""
+        """Return a new token if there is neither a client nor an open token; `join-token` keeps it while it is good."""
         return self.register.make_first_token(self.key.public, now)
+
+    def take_token_file(self, text: str) -> str | None:
+        """Return the token of the file `join-token`, if it is still good; the file goes when the token does."""
+        try:
+            token = JoinToken.decode(text.strip())
+            record = self.register.token_of(noise.StaticKey(token.join_private()).public)
+        except ConfigError:
+            return None
+        if record is None or not record.state.is_open:
+            return None
+        self.register.first_token = record.join_public
+        return text.strip()
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Do what the command line asks. Raises ConfigError."""

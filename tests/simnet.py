@@ -112,7 +112,7 @@ class Simnet:
         settings = ClientSettings(server="sim.example", interfaces=tuple(f"w{n}" for n in range(len(self.wires))))
         membership = Membership(record, CLIENT_KEY, token, "sim")
         client = Client(
-            settings, membership, [SERVER_ADDRESS], reserved=reserved, kept=(), table=5200, entropy=self.entropy,
+            settings, membership, [SERVER_ADDRESS], reserved=reserved, kept=(), entropy=self.entropy,
             rng=self.rng, now=self.now, wall=self.now + self.wall_offset,
         )  # fmt: skip
         self.client = client

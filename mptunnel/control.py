@@ -1,0 +1,367 @@
+"""The control socket RUN/mptN.sock: one JSON object a line asks, one answers.
+
+    {"verb": "status"}                        -> {"ok": true, "result": {...}}
+    {"verb": "token-revoke", "ident": "..."}  -> {"ok": false, "error": "...", "exit": 2}
+
+A connection carries one question and its answer. Only root may connect (0600). The server side never blocks: it lives
+in the program's one select loop, holds at most 8 connections and drops who says nothing for 5 s. The client side, `ask`
+and `find`, is for the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import math
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel.errors import (
+    ConfigError,
+    HostError,
+    MptunnelError,
+    NotPermittedError,
+    NotRunningError,
+    RefusedError,
+    UnreachableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import TypeAlias
+
+    Handler: TypeAlias = Callable[[str, dict[str, Any]], object]
+
+MAX_CONNECTIONS: Final = 8
+MAX_REQUEST: Final = 64 << 10
+IDLE_TIMEOUT: Final = 5.0
+ANSWER_TIMEOUT: Final = 10.0
+MAX_FD: Final = 1024  # select() takes none above
+
+_BY_EXIT_CODE = {
+    kind.exit_code: kind for kind in (ConfigError, NotRunningError, NotPermittedError, UnreachableError, RefusedError)
+}
+
+
+class Pending:
+    """An answer that comes later: a handler returns it, and calls `finish` or `fail` once."""
+
+    __slots__ = ("_connection", "_line")
+
+    def __init__(self) -> None:
+        self._connection: _Connection | None = None
+        self._line = b""
+
+    def finish(self, result: object) -> None:
+        """Answer with this result."""
+        self._settle(_success(result))
+
+    def fail(self, error: MptunnelError) -> None:
+        """Answer that it went wrong."""
+        self._settle(_failure(error))
+
+    def _settle(self, line: bytes) -> None:
+        self._line = line
+        if self._connection is not None:
+            self._connection.answer(line)
+
+    def attach(self, connection: _Connection) -> None:
+        """Send the answer there, at once if it is known already."""
+        self._connection = connection
+        if self._line:
+            connection.answer(self._line)
+
+
+class ControlServer:
+    """The listening side. Wait for `readers()` and `writers()`, call `ready` for each, and `expire` at the deadline."""
+
+    __slots__ = ("_connections", "_handler", "_listener", "_path")
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        """Listen at `path`, whose lock the caller holds: a socket that lies there is a dead one's and is removed.
+
+        `handler(verb, arguments)` returns what json can write, or a `Pending`, or raises MptunnelError.
+        """
+        self._path = path
+        self._handler = handler
+        self._connections: dict[int, _Connection] = {}
+        self._listener = _listen(path)
+
+    def readers(self) -> list[int]:
+        """Return the descriptors to wait for reading."""
+        fds = [fd for fd, connection in self._connections.items() if connection.stage is _Stage.ASKING]
+        if len(self._connections) < MAX_CONNECTIONS:
+            fds.append(self._listener.fileno())
+        return fds
+
+    def writers(self) -> list[int]:
+        """Return the descriptors to wait for writing: a long answer that is still on its way."""
+        return [fd for fd, connection in self._connections.items() if connection.stage is _Stage.TAKING]
+
+    def ready(self, fd: int, now: float) -> None:
+        """Accept, read or write, whichever `fd` was waited for."""
+        if fd == self._listener.fileno():
+            self._accept(now)
+            return
+        connection = self._connections.get(fd)
+        if connection is None:
+            return  # gone in this same turn
+        connection.drop_at = now + IDLE_TIMEOUT
+        if connection.stage is _Stage.TAKING:
+            connection.send()
+        elif connection.stage is _Stage.ASKING and (question := connection.read()) is not None:
+            self._answer(question, connection)
+        if connection.stage is _Stage.DONE:
+            self._drop(connection)
+
+    def next_deadline(self) -> float:
+        """Return when `expire` has something to do; inf: never."""
+        return min((c.drop_at for c in self._connections.values() if c.stage is not _Stage.WAITING), default=math.inf)
+
+    def expire(self, now: float) -> None:
+        """Drop the connections that are done, or have been silent for too long."""
+        for connection in list(self._connections.values()):
+            if connection.drop_at <= now and connection.stage is not _Stage.WAITING:
+                self._drop(connection)
+
+    def close(self) -> None:
+        """Close everything and remove the socket."""
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+    def _accept(self, now: float) -> None:
+        while len(self._connections) < MAX_CONNECTIONS:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # none left, or it went away again
+            if client.fileno() >= MAX_FD:
+                client.close()
+                return
+            client.setblocking(False)
+            self._connections[client.fileno()] = _Connection(client, now + IDLE_TIMEOUT)
+
+    def _answer(self, question: bytes, connection: _Connection) -> None:
+        """Answer the question, now or when the handler's promise comes true."""
+        connection.stage = _Stage.WAITING
+        try:
+            verb, arguments = _parse_request(question)
+            result = self._handler(verb, arguments)
+        except MptunnelError as error:
+            connection.answer(_failure(error))
+            return
+        if isinstance(result, Pending):
+            result.attach(connection)
+        else:
+            connection.answer(_success(result))
+
+    def _drop(self, connection: _Connection) -> None:
+        del self._connections[connection.fileno()]
+        connection.close()
+
+
+class _Stage(enum.Enum):
+    """Where a connection stands: its question is on its way in, being worked on, its answer on its way out."""
+
+    ASKING = enum.auto()
+    WAITING = enum.auto()
+    TAKING = enum.auto()
+    DONE = enum.auto()
+
+
+class _Connection:
+    """One client with one question."""
+
+    __slots__ = ("_heard", "_socket", "_unsent", "drop_at", "stage")
+
+    def __init__(self, client: socket.socket, drop_at: float) -> None:
+        self._socket = client
+        self._heard = b""
+        self._unsent = b""
+        self.drop_at = drop_at
+        self.stage = _Stage.ASKING
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> bytes | None:
+        """Take what there is; return the question once it is whole."""
+        try:
+            data = self._socket.recv(MAX_REQUEST)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        self._heard += data
+        question, newline, _ = self._heard.partition(b"\n")
+        if newline:
+            return question
+        if not data:
+            self._finish()
+        elif len(self._heard) > MAX_REQUEST:
+            self.answer(_failure(ConfigError(f"a request has at most {MAX_REQUEST} bytes")))
+        return None
+
+    def answer(self, line: bytes) -> None:
+        """Send the answer, as far as the socket takes it now."""
+        self._unsent = line
+        self.stage = _Stage.TAKING
+        self.send()
+
+    def send(self) -> None:
+        """Send on; a client that has gone needs no answer."""
+        try:
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent = b""
+        if not self._unsent:
+            self._finish()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _finish(self) -> None:
+        self.stage = _Stage.DONE
+        self.drop_at = -math.inf  # by the next `expire`, if nobody does it before
+
+
+def ask(path: Path, verb: str, **arguments: object) -> Any:
+    """Return the result of a verb from the program that listens at `path`.
+
+    Raises NotRunningError where none does, and the program's own error, with its exit code, where it says no.
+    """
+    request = json.dumps({"verb": verb, **arguments}).encode() + b"\n"
+    with _connect(path, ANSWER_TIMEOUT) as connection:
+        try:
+            connection.sendall(request)
+            line = _receive_line(connection)
+        except TimeoutError:
+            raise HostError(f"{path.stem} did not answer '{verb}' within {ANSWER_TIMEOUT:g} s; see its log") from None
+        except OSError as error:
+            raise HostError(f"{path.stem} stopped while it was asked '{verb}': {_why(error)}") from None
+    try:
+        answer = json.loads(line)
+        if answer["ok"]:
+            return answer["result"]
+        message, code = str(answer["error"]), int(answer["exit"])
+    except (ValueError, KeyError, TypeError):
+        raise HostError(
+            f"{path.stem} gave no whole answer to '{verb}'; it was stopped, or is another version"
+        ) from None
+    raise _BY_EXIT_CODE.get(code, MptunnelError)(message)
+
+
+def find(run_dir: Path, device: str | None = None) -> list[Path]:
+    """Return the sockets somebody listens at, by instance: that of `device`, or all."""
+    paths = [run_dir / f"{device}.sock"] if device else list(run_dir.glob("mpt*.sock"))
+    return sorted(filter(_is_live, paths), key=lambda path: (len(path.name), path.name))
+
+
+def _is_live(path: Path) -> bool:
+    try:
+        _connect(path, 1.0).close()
+    except NotRunningError:
+        return False
+    except MptunnelError:
+        return True  # it is there; whoever asks it will hear why not
+    return True
+
+
+def _connect(path: Path, timeout: float) -> socket.socket:
+    """Return a connection, or raise what there is to say about it."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(os.fspath(path))
+    except OSError as error:
+        connection.close()
+        raise _connect_error(path, error) from None
+    return connection
+
+
+def _connect_error(path: Path, error: OSError) -> MptunnelError:
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return NotRunningError(f"mptunnel does not run as {path.stem}: nobody listens at {path}")
+    if isinstance(error, PermissionError):
+        return NotPermittedError(f"cannot ask {path.stem} at {path}: permission denied; run it as root, with sudo")
+    if error.errno is None:
+        return ConfigError(f"{path}: too long for a socket's name; choose a shorter --run-dir")
+    if isinstance(error, (TimeoutError, BlockingIOError)):
+        return HostError(f"{path.stem} does not accept connections at {path}; see its log")
+    return HostError(f"cannot ask {path.stem} at {path}: {_why(error)}")
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
+def _receive_line(connection: socket.socket) -> bytes:
+    """Return what comes up to the first newline, or up to the end."""
+    parts = []
+    while data := connection.recv(1 << 16):
+        parts.append(data)
+        if data.endswith(b"\n"):
+            break
+    return b"".join(parts)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return the listening socket; only its owner may connect from its first moment."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _remove_stale(path)
+        before = os.umask(0o177)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        listener.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        if isinstance(error, PermissionError):
+            raise NotPermittedError(f"cannot make {path}: permission denied; run it as root, with sudo") from None
+        if error.errno is None:
+            raise ConfigError(f"{path}: too long for a socket's name; choose a shorter --run-dir") from None
+        raise HostError(f"cannot make {path}: {_why(error)}; check --run-dir") from None
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"cannot make {path}: something else is there; move it away, or choose another --run-dir")
+    path.unlink()
+
+
+def _parse_request(line: bytes) -> tuple[str, dict[str, Any]]:
+    """Return verb and arguments. Raises ConfigError."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict) or not isinstance(verb := request.pop("verb", None), str):
+        raise ConfigError('a request is one line, a JSON object with "verb"')
+    return verb, request
+
+
+def _success(result: object) -> bytes:
+    return json.dumps({"ok": True, "result": result}).encode() + b"\n"
+
+
+def _failure(error: MptunnelError) -> bytes:
+    return json.dumps({"ok": False, "error": str(error), "exit": error.exit_code}).encode() + b"\n"

@@ -1,0 +1,635 @@
+"""The one select(): descriptors, the clock, buffers. Everything is decided elsewhere; everything happens here.
+
+A turn: wait, read the clock once, feed what is ready to the role, let it do what is due, send what it wants sent, take
+up what it asks for. No descriptor gets more than 64 reads in a turn, and after each of them what must go out goes out:
+nothing waits for a batch to fill. What may block goes to the worker. Time is CLOCK_BOOTTIME, which counts suspend.
+
+`run_server` and `run_client` are the program: they take the locks, read the state, open what they need in an order in
+which a refusal leaves nothing behind, run the loop until it is told to stop, and put the host back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import ipaddress
+import logging
+import os
+import random
+import select
+import signal
+import sys
+import time
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from typing import TYPE_CHECKING, Any, Final
+
+from mptunnel import host, netlink, udp
+from mptunnel.client import Client, Membership, Tunnel, path_values, tunnel_values
+from mptunnel.config import (
+    FALLBACK_DNS,
+    DnsMode,
+    Fields,
+    client_line,
+    new_network,
+    public_address,
+    server_argument,
+)
+from mptunnel.control import ControlServer, Pending
+from mptunnel.errors import ConfigError, HostError, MptunnelError
+from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.membership import find_membership
+from mptunnel.server import Offer, Server
+from mptunnel.state import StateDir, hold_lock
+from mptunnel.tun import Tun
+from mptunnel.uplinks import Uplinks
+from mptunnel.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mptunnel.config import ClientSettings, Link, ServerSettings, Settings
+    from mptunnel.events import Event, Job
+    from mptunnel.packet import Buffer
+
+    IPAddress = IPv4Address | IPv6Address
+
+log = logging.getLogger(__name__)
+
+READS_PER_TURN: Final = 64
+LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
+LINKS_SETTLE: Final = 0.05  # changes come in bursts
+LINKS_REVIEW: Final = 60.0  # and one could be missed
+WALL_INTERVAL: Final = 1.0
+
+
+def now() -> float:
+    """Return the time that everything is told, in seconds; it goes on in suspend and never back."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Snapshot:
+    """Ask for the links as they are now; answered by a tuple of `Link`."""
+
+
+class Loop:
+    """What both roles need: the device, the worker, the control socket, signals."""
+
+    def __init__(
+        self, settings: Settings, role: Client | Server, tun: Tun, the_host: host.Host, state: StateDir
+    ) -> None:
+        self._settings = settings
+        self._role = role
+        self._tun = tun
+        self._host = the_host
+        self._state = state
+        self._worker: Worker[Job | Snapshot] = Worker(self._perform)
+        self._readers: dict[int, Callable[[float], None]] = {
+            tun.fileno(): self._tun_ready,
+            self._worker.fileno(): self._worker_ready,
+        }
+        self._control: ControlServer | None = None
+        self._pending: dict[int, tuple[Pending, Any]] = {}
+        self._inbox: list[Buffer] = []
+        self._wall_at = 0.0
+        self._is_stopping = False
+        self._error: MptunnelError | None = None
+        self._device_refused = 0
+
+    # -- the turn --------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Turn until the program is told to stop. Raises the error that ended the run."""
+        with _signals(self._stop) as wake:
+            self._readers[wake] = self._signalled(wake)
+            self._control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
+            self._drain(now())
+            gc.collect()
+            gc.freeze()
+            gc.disable()  # the core makes no cycles, and a collection would be a gap
+            try:
+                while not self._is_stopping:
+                    self.run_once()
+            finally:
+                gc.enable()
+                self._control.close()
+        if self._error is not None:
+            raise self._error
+
+    def run_once(self) -> None:
+        """Wait once, feed whatever is ready to the role, then drain the role."""
+        control = self._control
+        due = min(self._role.next_deadline(), self._own_deadline())
+        wait = min(max(0.0, due - now()), LONGEST_WAIT)
+        readers, writers = list(self._readers), []
+        if control is not None:
+            readers += control.readers()
+            writers = control.writers()
+        ready, writable, _ = select.select(readers, writers, [], wait)
+        moment = now()
+        for fd in (*ready, *writable):
+            handler = self._readers.get(fd)
+            if handler is not None:
+                handler(moment)
+            elif control is not None:
+                control.ready(fd, moment)
+        self._role.finish_turn(moment)
+        self._own_work(moment)
+        if self._role.next_deadline() <= moment:
+            self._role.handle_timeout(moment)
+        self._drain(moment)
+
+    def _drain(self, moment: float) -> None:
+        """Send all that is to be sent and take up all that is asked for, until there is no more of either."""
+        self._send()
+        while events := self._role.events():
+            for event in events:
+                self._take_up(event, moment)
+            self._send()
+
+    def _own_deadline(self) -> float:
+        deadline = self._wall_at
+        if self._control is not None:
+            deadline = min(deadline, self._control.next_deadline())
+        return deadline
+
+    def _own_work(self, moment: float) -> None:
+        if moment >= self._wall_at:
+            self._wall_at = moment + WALL_INTERVAL
+            self._role.wall_is(moment, time.time())
+        if self._control is not None:
+            self._control.expire(moment)
+
+    # -- descriptors -----------------------------------------------------------------------------------
+
+    def _tun_ready(self, moment: float) -> None:
+        raise NotImplementedError
+
+    def _send(self) -> None:
+        raise NotImplementedError
+
+    def _deliver(self) -> None:
+        """Hand what came in to the kernel."""
+        if self._inbox:
+            refused = self._tun.write(self._inbox)
+            if refused:
+                self._role.drops["refused by the device"] += refused
+            self._inbox.clear()
+
+    def _read_tun(self) -> list[memoryview]:
+        try:
+            return self._tun.read()
+        except OSError as error:
+            self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
+            self._is_stopping = True
+            return []
+
+    def _signalled(self, wake: int) -> Callable[[float], None]:
+        def drain(_: float) -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(wake, 4096)
+
+        return drain
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    # -- jobs ------------------------------------------------------------------------------------------
+
+    def _take_up(self, event: Event, moment: float) -> None:
+        match event:
+            case SaveState() | RunScript() | Resolve():
+                self._worker.submit(event)
+            case Stop():
+                self._error = event.error
+                self._is_stopping = True
+            case _:
+                raise AssertionError(event)
+
+    def _perform(self, job: Job | Snapshot) -> object:
+        """Do what may block; in the worker's thread."""
+        match job:
+            case SaveState():
+                self._state.save(job.name, job.document)
+            case RunScript():
+                self._host.run(job.verb, job.values)
+            case Resolve():
+                return udp.resolve(job.host, job.port)
+            case Snapshot():
+                return netlink.snapshot()
+        return None
+
+    def _worker_ready(self, moment: float) -> None:
+        for job, result in self._worker.results():
+            self._job_done(job, result, moment)
+
+    def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
+        if isinstance(job, Snapshot):
+            return
+        waiting = self._pending.pop(id(job), None)
+        if waiting is not None:
+            pending, answer = waiting
+            if isinstance(result, Exception):
+                pending.fail(HostError(f"cannot save: {result}"))
+            else:
+                pending.finish(answer)
+        self._role.job_done(job, result, moment)
+
+    def finish(self) -> None:
+        """Say goodbye to the peers, and let the worker end what it has begun."""
+        moment = now()
+        self._role.close(moment)
+        self._drain(moment)
+        self._worker.close()
+        self.close_sockets()
+        self._tun.close()
+
+    def close_sockets(self) -> None:
+        """Close every socket of the data path."""
+        raise NotImplementedError
+
+    # -- control ---------------------------------------------------------------------------------------
+
+    def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
+        reply = self._role.control(verb, Fields(arguments, verb), now())
+        if verb == "status":
+            return {**reply.result, "device": self._tun.name, "pid": os.getpid()}
+        if reply.after is None:
+            return reply.result
+        pending = Pending()
+        self._pending[id(reply.after)] = (pending, reply.result)
+        return pending
+
+
+class ServerLoop(Loop):
+    """The server's turn: one socket for everybody."""
+
+    _role: Server
+
+    def __init__(
+        self, settings: Settings, role: Server, tun: Tun, the_host: host.Host, state: StateDir, sock: udp.ServerSocket
+    ) -> None:
+        super().__init__(settings, role, tun, the_host, state)
+        self._socket = sock
+        self._readers[sock.fileno()] = self._socket_ready
+
+    def _tun_ready(self, moment: float) -> None:
+        packets = self._read_tun()
+        if packets:
+            self._role.send(packets, moment)
+            self._send()
+
+    def _socket_ready(self, moment: float) -> None:
+        receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
+        try:
+            for _ in range(READS_PER_TURN):
+                datagram, source = receive()
+                take(datagram, max(1, len(datagram)), source, moment, inbox)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # an ICMP message about some client: its affair
+            self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
+        self._deliver()
+        self._send()
+
+    def _send(self) -> None:
+        for transmit in self._role.transmits():
+            refused, why = self._socket.send(transmit.to, transmit.data, transmit.size)
+            if refused:
+                self._role.not_sent(transmit.to, refused, refused * transmit.size, why)
+
+    def close_sockets(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+class ClientLoop(Loop):
+    """The client's turn: one socket for each path, and the host's links."""
+
+    _role: Client
+
+    def __init__(self, settings: Settings, role: Client, tun: Tun, the_host: host.Host, state: StateDir) -> None:
+        super().__init__(settings, role, tun, the_host, state)
+        self._sockets: dict[int, udp.PathSocket] = {}
+        self._monitor = netlink.Monitor()
+        self._readers[self._monitor.fileno()] = self._links_ready
+        self._review_at = now() + LINKS_REVIEW
+        self._is_looking = False
+
+    def _tun_ready(self, moment: float) -> None:
+        packets = self._read_tun()
+        if packets:
+            self._role.send(packets, moment, self._inbox)
+            self._send()
+            self._deliver()
+
+    def _send(self) -> None:
+        sockets = self._sockets
+        for transmit in self._role.transmits():
+            sock = sockets.get(transmit.to)
+            if sock is None:
+                continue
+            refused, why = sock.send(transmit.data, transmit.size)
+            if refused:
+                self._role.not_sent(transmit.to, refused, refused * transmit.size, why, now())
+
+    def _path_ready(self, number: int) -> Callable[[float], None]:
+        sock = self._sockets[number]
+        receive, take, inbox = sock.receive, self._role.receive, self._inbox
+
+        def ready(moment: float) -> None:
+            try:
+                for _ in range(READS_PER_TURN):
+                    datagram = receive()
+                    take(datagram, max(1, len(datagram)), number, moment, inbox)
+            except BlockingIOError:
+                pass
+            except OSError as error:  # ICMP said something about this path: a hint, nothing else
+                self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
+            self._deliver()
+            self._send()
+
+        return ready
+
+    def _take_up(self, event: Event, moment: float) -> None:
+        match event:
+            case OpenPath():
+                self._open(event, moment)
+            case ClosePath():
+                self._close(event.path)
+            case _:
+                super()._take_up(event, moment)
+
+    def _open(self, event: OpenPath, moment: float) -> None:
+        self._close(event.path)
+        try:
+            sock = udp.PathSocket(event)
+        except udp.PathError as error:
+            self._role.path_failed(event.path, str(error), moment)
+            return
+        self._sockets[event.path] = sock
+        self._readers[sock.fileno()] = self._path_ready(event.path)
+        self._role.path_opened(event.path, sock.port, moment)
+
+    def _close(self, number: int) -> None:
+        sock = self._sockets.pop(number, None)
+        if sock is not None:
+            del self._readers[sock.fileno()]
+            sock.close()
+
+    def close_sockets(self) -> None:
+        """Close the sockets of all paths."""
+        for number in list(self._sockets):
+            self._close(number)
+        self._monitor.close()
+
+    # -- links -----------------------------------------------------------------------------------------
+
+    def _links_ready(self, moment: float) -> None:
+        if self._monitor.drain():
+            self._review_at = min(self._review_at, moment + LINKS_SETTLE)
+
+    def _own_deadline(self) -> float:
+        return min(super()._own_deadline(), self._review_at)
+
+    def _own_work(self, moment: float) -> None:
+        super()._own_work(moment)
+        if moment >= self._review_at:
+            self._review_at = moment + LINKS_REVIEW
+            if not self._is_looking:
+                self._is_looking = True
+                self._worker.submit(Snapshot())
+
+    def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
+        if not isinstance(job, Snapshot):
+            super()._job_done(job, result, moment)
+            return
+        self._is_looking = False
+        if isinstance(result, tuple):
+            self._role.links_changed(result, moment)
+        else:
+            log.warning("cannot see the links: %s", result)
+
+
+# -- the program -----------------------------------------------------------------------------------------
+
+
+def run_server(settings: ServerSettings) -> None:
+    """Be the server until told to stop. Raises MptunnelError."""
+    state = StateDir(settings.state_dir)
+    the_host, device = _host_of("server", settings)
+    if settings.dry_run:
+        network = state.network() or new_network(settings.network4, os.urandom)
+        the_host.run("up", _server_values(settings, network, ()))
+        return
+    _protect_memory()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
+        stack.enter_context(state.lock_server())
+        key = state.server_key()
+        peers, tokens = state.peers(), state.tokens()
+        network = _network_of(state, settings)
+        reserved = state.timestamp("server")
+        sock = udp.ServerSocket(settings.port)
+        stack.callback(sock.close)
+        tun = Tun(device, settings.mtu)
+        stack.callback(tun.close)
+        host.restore(settings.run_dir, device)
+        links = netlink.snapshot()
+        offer = _offer(settings, links)
+        moment = now()
+        role = Server(
+            key.private_key,
+            network,
+            peers,
+            tokens,
+            offer,
+            reserved=reserved.reserved if reserved else 0,
+            port=settings.port,
+            entropy=os.urandom,
+            rng=random.Random(),  # noqa: S311  jitter only
+            now=moment,
+            wall=time.time(),
+        )
+        token = role.make_first_token(moment) or role.take_token_file(state.text("server/join-token") or "")
+        _save_now(role, state, moment)
+        stack.callback(host.restore, settings.run_dir, device)
+        the_host.run("up", _server_values(settings, network, offer.dns))
+        loop = ServerLoop(settings, role, tun, the_host, state, sock)
+        stack.callback(loop.finish)
+        log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
+        _tell_first_line(settings, links, token)
+        loop.run()
+
+
+def run_client(settings: ClientSettings) -> None:
+    """Be a client until told to stop. Raises MptunnelError."""
+    state = StateDir(settings.state_dir)
+    the_host, device = _host_of("client", settings)
+    if settings.dry_run:
+        _show_client_plan(settings, the_host)
+        return
+    _protect_memory()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
+        settings, membership = find_membership(settings, state, log)
+        reserved = state.timestamp("client")
+        links = netlink.snapshot()
+        servers = _addresses_of(settings, membership)
+        moment = now()
+        role = Client(
+            settings,
+            membership,
+            servers,
+            reserved=reserved.reserved if reserved else 0,
+            kept=netlink.kept_connections(),
+            entropy=os.urandom,
+            rng=random.Random(),  # noqa: S311  jitter only
+            now=moment,
+            wall=time.time(),
+        )
+        role.check_interfaces(links)
+        tun = Tun(device, settings.mtu)
+        stack.callback(tun.close)
+        host.restore(settings.run_dir, device)
+        _save_now(role, state, moment)
+        stack.callback(host.restore, settings.run_dir, device)
+        loop = ClientLoop(settings, role, tun, the_host, state)
+        stack.callback(loop.finish)
+        role.links_changed(links, now())
+        loop.run()
+
+
+def _host_of(role: str, settings: Settings) -> tuple[host.Host, str]:
+    script = host.find_script(role, settings)
+    device = settings.device
+    return host.Host(script, host.instance(settings.run_dir, device), dry_run=settings.dry_run), device
+
+
+def _save_now(role: Client | Server, state: StateDir, moment: float) -> None:
+    """Save what the role asks for at its birth before anything is sent: keys, tokens, the timestamp's reservation."""
+    for event in role.events():
+        if isinstance(event, SaveState):
+            try:
+                state.save(event.name, event.document)
+            except MptunnelError as error:
+                role.job_done(event, error, moment)
+            else:
+                role.job_done(event, None, moment)
+
+
+def _network_of(state: StateDir, settings: ServerSettings) -> Any:
+    network = state.network()
+    if network is None:
+        network = new_network(settings.network4, os.urandom)
+        state.save("server/network", network.to_document())
+    elif settings.network4 is not None and settings.network4 != network.ipv4:
+        if any(peer.removed is None for peer in state.peers()):
+            raise ConfigError(
+                f"--network {settings.network4}: this server's clients live in {network.ipv4}; remove them first "
+                "('mptunnel peer remove NAME'), or leave --network out"
+            )
+        network = replace(network, ipv4=settings.network4)
+        state.save("server/network", network.to_document())
+    return network
+
+
+def _offer(settings: ServerSettings, links: tuple[Link, ...]) -> Offer:
+    has4 = any(link.gateway4 is not None for link in links) or not any(link.gateway6 for link in links)
+    has6 = any(link.gateway6 is not None for link in links)
+    return Offer(settings.mtu, has4, has6, host.resolvers() or FALLBACK_DNS)
+
+
+def _server_values(settings: ServerSettings, network: Any, dns: tuple[IPAddress, ...]) -> dict[str, object]:
+    return {
+        "mtu": settings.mtu,
+        "address4": IPv4Interface((network.ipv4[1], network.ipv4.prefixlen)),
+        "address6": IPv6Interface((network.ipv6[1], network.ipv6.prefixlen)),
+        "network4": network.ipv4,
+        "network6": network.ipv6,
+        "port": settings.port,
+        "lan": settings.lan,
+        "dns": dns,
+    }
+
+
+def _tell_first_line(settings: ServerSettings, links: tuple[Link, ...], token: str | None) -> None:
+    """Print the line that the first client runs; a token goes to a terminal only, never into a log."""
+    if token is None:
+        return
+    address = public_address(links)
+    server = server_argument(str(address) if address else "SERVER", settings.port)
+    if sys.stdout.isatty():
+        sys.stdout.write(f"\nOn the client run:\n\n    {client_line(server, token)}\n\n")
+    else:
+        path = settings.state_dir / "server" / "join-token"
+        sys.stdout.write(f"On the client run: {client_line(server, f'@{path.name}')}   (the token is in {path})\n")
+    if address is None:
+        sys.stdout.write("SERVER is this host's public address or name; it has none itself.\n")
+    sys.stdout.flush()
+
+
+def _addresses_of(settings: ClientSettings, membership: Membership) -> tuple[IPAddress, ...]:
+    """Return the server's addresses: as its name resolves now, else as it did before, else none yet."""
+    try:
+        return udp.resolve(settings.server, settings.port)
+    except (OSError, UnicodeError) as error:
+        known = tuple(map(ipaddress.ip_address, membership.record.addresses))
+        what = f"using {', '.join(map(str, known))} from before" if known else "trying again until it does"
+        log.warning("%s does not resolve (%s): %s", settings.server, getattr(error, "strerror", None) or error, what)
+        return known
+
+
+def _show_client_plan(settings: ClientSettings, the_host: host.Host) -> None:
+    """Print what the script would do; what only the server can say is shown by examples."""
+    links = netlink.snapshot()
+    server = next(iter(udp.resolve(settings.server, settings.port)), None) if settings.server else None
+    if server is None:
+        raise ConfigError(f"server {settings.server!a} does not resolve, so there is nothing to show")
+    uplinks = Uplinks(settings.interfaces)
+    uplinks.check(links)
+    for number, way in uplinks.find(links, {server.version: server}, settings.device, {}).items():
+        if way is None:
+            log.warning("%s", uplinks.advice(uplinks.by_id[number], links))
+        else:
+            the_host.run("path-up", path_values(number, way))
+    log.info("the tunnel's addresses and resolvers come from the server; these are examples")
+    tunnel = Tunnel(
+        IPv4Address("10.0.1.2"),
+        IPv4Address("10.0.1.1"),
+        None,
+        None,
+        ipv6_onward=False,
+        dns=settings.dns or FALLBACK_DNS,
+    )
+    dns = () if settings.dns_mode is DnsMode.KEEP else tunnel.dns
+    kept = netlink.kept_connections()
+    the_host.run("up", tunnel_values(replace(tunnel, dns=dns), settings.mtu, settings.routes, (server,), kept))
+
+
+def _protect_memory() -> None:
+    """No core dumps: they would hold keys."""
+    import ctypes  # noqa: PLC0415
+    import resource  # noqa: PLC0415
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE (linux/prctl.h)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Any:
+    """Turn SIGTERM, SIGINT and SIGHUP into a call of `stop` and a readable descriptor."""
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in wanted}
+    woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield read
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(read)
+        os.close(write)

@@ -1,0 +1,191 @@
+"""What the kernel knows of the network: a socket that wakes us when it changes, and the picture as a whole.
+
+An event is only a wake-up: the picture is then read again, all of it, by `ip -json`, so that no sequence of events has
+to be understood. Reading takes some milliseconds and blocks; the loop leaves it to its helper thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import socket
+import struct
+import subprocess
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from pathlib import Path
+from typing import Any, Final
+
+from mptunnel.config import Gateway, Link
+from mptunnel.errors import HostError
+
+# linux/rtnetlink.h: RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE, RTNLGRP_IPV6_RULE
+_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18
+_HEADER: Final = struct.Struct("=IH10x")  # length, type | flags, sequence, port (linux/netlink.h)
+_NEWS: Final = frozenset({16, 17, 20, 21, 24, 25, 32, 33})  # RTM_NEW and _DEL of LINK, ADDR, ROUTE, RULE
+_BUFFER: Final = 1 << 16
+_READS: Final = 64  # in one turn; what is left wakes the loop again
+
+_DOWN: Final = frozenset({"DOWN", "LOWERLAYERDOWN", "NOTPRESENT", "DORMANT"})  # RFC 2863 operational states
+_UNUSABLE: Final = ("deprecated", "tentative", "dadfailed")
+_ESTABLISHED: Final = "01"  # net/tcp_states.h
+_LISTEN: Final = "0A"
+_SSH: Final = 22
+_MAX_KEPT: Final = 64  # each is a rule that every packet passes
+
+Pair = tuple[IPv4Address | IPv6Address, IPv4Address | IPv6Address]
+
+
+class Monitor:
+    """A socket that becomes readable when links, addresses, routes or rules change. No privilege is needed."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            self._socket.bind((0, _GROUPS))
+        except OSError as error:
+            raise HostError(f"cannot listen to the kernel's link events: {os.strerror(error.errno or 0)}") from None
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._socket.fileno()
+
+    def drain(self) -> bool:
+        """Read what has come in; return whether the picture may have changed."""
+        changed = False
+        for _ in range(_READS):
+            try:
+                data = self._socket.recv(_BUFFER)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # some events were lost: then there were many
+                    raise
+                changed = True
+                continue
+            changed = changed or _is_news(data)
+        return changed
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+def snapshot() -> tuple[Link, ...]:
+    """Return all links as they are now. Raises HostError where `ip` is missing or fails."""
+    links = _ip("-details", "address")
+    routes4 = _ip("-4", "route", "show", "default")
+    try:
+        routes6 = _ip("-6", "route", "show", "default")
+    except HostError:  # a kernel without IPv6
+        routes6 = []
+    return parse_links(links, routes4, routes6)
+
+
+def parse_links(links: list[Any], routes4: list[Any], routes6: list[Any]) -> tuple[Link, ...]:
+    """Return the links of `ip -json -details address` and of the default routes of the main table."""
+    gateways4, gateways6 = _gateways(routes4), _gateways(routes6)
+    return tuple(
+        Link(
+            name=link["ifname"],
+            index=link["ifindex"],
+            kind=link.get("linkinfo", {}).get("info_kind", ""),
+            up="UP" in link["flags"] and "NO-CARRIER" not in link["flags"] and link.get("operstate") not in _DOWN,
+            addresses=tuple(filter(None, map(_address, link.get("addr_info", [])))),
+            gateway4=gateways4.get(link["ifname"]),
+            gateway6=gateways6.get(link["ifname"]),
+            mtu=link.get("mtu", 0),
+        )
+        for link in links
+        if "ifname" in link
+    )
+
+
+def kept_connections() -> tuple[Pair, ...]:
+    """Return (local, remote) of the TCP connections that others have opened to this host, those of SSH first.
+
+    A full tunnel would take their answers away; the client's script lets them go on as they are. At most 64.
+    """
+    texts = []
+    for name in ("tcp", "tcp6"):
+        try:
+            texts.append(Path("/proc/self/net", name).read_text(encoding="ascii"))
+        except OSError:  # no IPv6
+            continue
+    return parse_connections("".join(texts))
+
+
+def parse_connections(text: str) -> tuple[Pair, ...]:
+    """Return (local, remote) of established connections to a port that is listened on, from lines of /proc/net/tcp."""
+    rows = [row for line in text.splitlines() if len(row := line.split()) > 3 and ":" in row[1]]
+    listened = {_endpoint(local)[1] for _, local, _, state, *_ in rows if state == _LISTEN}
+    found: dict[Pair, bool] = {}
+    for _, local, remote, state, *_ in rows:
+        (here, port), (there, _) = _endpoint(local), _endpoint(remote)
+        if state == _ESTABLISHED and port in listened and not (there.is_loopback or there.is_link_local):
+            found[here, there] = port == _SSH or found.get((here, there), False)
+    return tuple(sorted(found, key=lambda pair: not found[pair])[:_MAX_KEPT])
+
+
+def _is_news(data: bytes) -> bool:
+    """Whether one of the messages in a datagram is about a change."""
+    at = 0
+    while at + _HEADER.size <= len(data):
+        length, kind = _HEADER.unpack_from(data, at)
+        if kind in _NEWS:
+            return True
+        at += max(_HEADER.size, length + 3 & ~3)
+    return False
+
+
+def _ip(*words: str) -> list[Any]:
+    """Return what `ip -json` answers."""
+    command = ["ip", "-json", *words]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise HostError("ip: not found; install iproute2") from None
+    except OSError as error:
+        raise HostError(f"cannot run ip: {os.strerror(error.errno or 0).lower()}") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise HostError(f"{' '.join(command)}: {said[-1]}")
+    try:
+        answer = json.loads(done.stdout or b"[]")
+    except ValueError:
+        raise HostError(f"{' '.join(command)}: no JSON in its answer; iproute2 4.14 or later is needed") from None
+    return answer if isinstance(answer, list) else []
+
+
+def _address(info: dict[str, Any]) -> IPv4Interface | IPv6Interface | None:
+    """Return a usable global address, else None."""
+    if info.get("scope") != "global" or "local" not in info or any(info.get(flag) for flag in _UNUSABLE):
+        return None
+    return ipaddress.ip_interface(f"{info['local']}/{info['prefixlen']}")
+
+
+def _gateways(routes: list[Any]) -> dict[str, Gateway]:
+    """Return the default route of lowest metric for each interface."""
+    found: dict[str, Gateway] = {}
+    for route in routes:
+        if route.get("type", "unicast") != "unicast":  # unreachable, blackhole and the like lead nowhere
+            continue
+        for hop in route.get("nexthops", [route]):
+            via = hop.get("gateway") or hop.get("via", {}).get("host")
+            gateway = Gateway(ipaddress.ip_address(via) if via else None, route.get("metric", 0))
+            name = hop.get("dev")
+            if name is not None and (name not in found or gateway.metric < found[name].metric):
+                found[name] = gateway
+    return found
+
+
+def _endpoint(text: str) -> tuple[IPv4Address | IPv6Address, int]:
+    """Return address and port of `0100007F:0016`: words of 32 bits, each in the machine's byte order."""
+    digits, port = text.split(":")
+    words = struct.pack(f"={len(digits) // 8}I", *(int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)))
+    address = ipaddress.ip_address(words)
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address, int(port, 16)

@@ -1,0 +1,274 @@
+"""UDP sockets: one per path on a client, one for everybody on a server. No decisions here.
+
+A path's socket is bound to its interface and its address and connected to the server: it leaves by that interface
+whatever the routing table says, and the kernel drops what comes from elsewhere. The server's socket serves both IP
+versions and answers from the address it was asked on. None ever blocks; none fragments, nor believes an ICMP message
+about the path's MTU (IP_PMTUDISC_PROBE). Sources: ip(7), ipv6(7), udp(7), socket(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Final
+
+from mptunnel.errors import ConfigError, HostError, NotPermittedError
+from mptunnel.events import Endpoint
+
+if TYPE_CHECKING:
+    from mptunnel.events import OpenPath
+
+    IPAddress = IPv4Address | IPv6Address
+
+MAX_FD: Final = 1024  # select() takes none above
+BUFFER: Final = 8 << 20
+LARGEST: Final = 65535
+_IP_MTU_DISCOVER = 10  # linux/in.h
+_IPV6_MTU_DISCOVER = 23  # linux/in6.h
+_PMTUDISC_PROBE = 3
+_IP_PKTINFO = 8
+_SO_RXQ_OVFL = 40
+_SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
+_PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
+_PKTINFO6 = struct.Struct("=16sI")  # destination, interface
+_DROPS = struct.Struct("=I")
+_ANCILLARY = 256
+
+
+class PathError(Exception):
+    """A socket that could not be opened; the text is for the path's log line."""
+
+
+class Receiver:
+    """What both kinds of socket do: a buffer to receive into, and the kernel's count of what did not fit its queue."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        if sock.fileno() >= MAX_FD:
+            sock.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._socket = sock
+        self._buffer = memoryview(bytearray(LARGEST))
+        self.overruns = 0  # datagrams that our own receive queue had no room for
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
+        self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait for."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def _note_overruns(self, level: int, kind: int, data: bytes) -> bool:
+        if level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+            (self.overruns,) = _DROPS.unpack_from(data)
+            return True
+        return False
+
+
+class PathSocket(Receiver):
+    """A client's way to the server over one interface."""
+
+    def __init__(self, wish: OpenPath) -> None:
+        """Open it. Raises PathError."""
+        try:
+            sock = _open_path(wish)
+        except OSError as error:
+            raise PathError(_why_not(wish, error)) from None
+        try:
+            super().__init__(sock)
+        except OSError as error:
+            sock.close()
+            raise PathError(_why_not(wish, error)) from None
+        self.port: int = sock.getsockname()[1]
+
+    def receive(self) -> memoryview:
+        """Return the next datagram, in a buffer that is used again. Raises OSError."""
+        length, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
+        for level, kind, data in ancillary:
+            self._note_overruns(level, kind, data)
+        return self._buffer[:length]
+
+    def send(self, data: bytes | memoryview, size: int) -> tuple[int, str]:
+        """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
+        send, refused, why = self._socket.send, 0, ""
+        for at in range(0, len(data), size):
+            datagram = data[at : at + size]
+            try:
+                send(datagram)
+            except OSError as error:
+                if error.errno in _PENDING and self._sends_now(datagram):
+                    continue
+                refused += 1
+                why = errno.errorcode.get(error.errno or 0, str(error.errno))
+        return refused, why
+
+    def _sends_now(self, datagram: bytes | memoryview) -> bool:
+        """Whether it goes at the second try: an ICMP message about an earlier datagram fails one call unsent."""
+        try:
+            self._socket.send(datagram)
+        except OSError:
+            return False
+        return True
+
+
+class ServerSocket(Receiver):
+    """The server's one socket."""
+
+    def __init__(self, port: int) -> None:
+        """Listen on every address. Raises ConfigError for a port in use, NotPermittedError or HostError."""
+        try:
+            sock, self.has_ipv6 = _listen(port)
+        except OSError as error:
+            raise _port_refusal(port, error) from None
+        super().__init__(sock)
+        _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
+
+    def receive(self) -> tuple[memoryview, Endpoint]:
+        """Return the next datagram, in a buffer that is used again, and where it came from. Raises OSError."""
+        length, ancillary, _, address = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
+        local = b""
+        for level, kind, data in ancillary:
+            if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
+                local = _local6(data)
+            elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+                local = _PKTINFO4.unpack_from(data)[1]
+            else:
+                self._note_overruns(level, kind, data)
+        scope = address[3] if len(address) > 3 else 0
+        return self._buffer[:length], Endpoint(address[0], address[1], scope, local)
+
+    def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
+        """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
+        address: tuple[str, int] | tuple[str, int, int, int]
+        if self.has_ipv6:
+            address = (to.host, to.port, 0, to.scope)
+            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, to.local)]
+        else:
+            address = (to.host, to.port)
+            ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, to.local, bytes(4)))]
+        refused, why = 0, ""
+        for at in range(0, len(data), size):
+            try:
+                self._socket.sendmsg([data[at : at + size]], ancillary, 0, address)
+            except OSError as error:
+                refused += 1
+                why = errno.errorcode.get(error.errno or 0, str(error.errno))
+        return refused, why
+
+
+_PENDING: Final = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES})
+
+
+def resolve(host: str, port: int) -> tuple[IPAddress, ...]:
+    """Return the addresses of a name, in the resolver's order; may take long. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    addresses = [_parse(str(address[0])) for family, _, _, _, address in found if family in _FAMILIES]
+    return tuple(dict.fromkeys(addresses))
+
+
+_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+
+
+def _open_path(wish: OpenPath) -> socket.socket:
+    address, port = wish.server
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, wish.interface.encode())
+        _never_fragment(sock, family)
+        try:
+            sock.bind((str(wish.address), wish.port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not wish.port:
+                raise
+            sock.bind((str(wish.address), 0))
+        sock.connect((str(address), port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen(port: int) -> tuple[socket.socket, bool]:
+    """Return a socket bound to `port` on every address, and whether it serves IPv6 too."""
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    try:
+        sock = socket.socket(socket.AF_INET6, kind)
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+    else:
+        try:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            _never_fragment(sock, socket.AF_INET6)
+            sock.bind(("::", port))
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRNOTAVAIL:  # IPv6 is there, but switched off
+                raise
+        else:
+            return sock, True
+    sock = socket.socket(socket.AF_INET, kind)
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        _never_fragment(sock, socket.AF_INET)
+        sock.bind(("", port))
+    except OSError:
+        sock.close()
+        raise
+    return sock, False
+
+
+def _never_fragment(sock: socket.socket, family: int) -> None:
+    sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+
+
+def _enlarge(sock: socket.socket, forced: int, plain: int) -> bool:
+    """Ask for a large kernel buffer; return whether it was granted whole."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, forced, BUFFER)
+    except OSError:  # no CAP_NET_ADMIN in the first user namespace: what the administrator allows has to do
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, plain, BUFFER)
+        return sock.getsockopt(socket.SOL_SOCKET, plain) >= BUFFER
+    return True
+
+
+def _local6(data: bytes) -> bytes:
+    """Return the control message that answers from where a datagram came to; the interface only where it matters."""
+    address, index = _PKTINFO6.unpack_from(data)
+    return _PKTINFO6.pack(address, index if IPv6Address(address).is_link_local else 0)
+
+
+def _parse(text: str) -> IPAddress:
+    return IPv6Address(text.partition("%")[0]) if ":" in text else IPv4Address(text)
+
+
+def _why_not(wish: OpenPath, error: OSError) -> str:
+    what = f"cannot use {wish.interface} with {wish.address}"
+    if error.errno in {errno.EPERM, errno.EACCES}:
+        return f"{what}: not permitted; run it as root, with sudo"
+    if error.errno in {errno.ENETUNREACH, errno.EHOSTUNREACH}:
+        return f"{what}: no route to {wish.server[0]}; has it a gateway?"
+    return f"{what}: {os.strerror(error.errno or 0).lower()}"
+
+
+def _port_refusal(port: int, error: OSError) -> HostError | ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"cannot listen on UDP port {port}: it is in use; see 'ss -ulpn sport = {port}', or choose -p"
+        )
+    if error.errno in {errno.EPERM, errno.EACCES}:
+        return NotPermittedError(f"cannot listen on UDP port {port}: not permitted; run it as root, with sudo")
+    return HostError(f"cannot listen on UDP port {port}: {os.strerror(error.errno or 0).lower()}")
