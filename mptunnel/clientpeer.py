@@ -189,6 +189,7 @@ class ClientPeer(Peer):
         self._hello_under = session.serial
         if hello.instance != self._client_instance:
             self._client_instance = hello.instance
+            self.is_multipath = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts.restart()
         is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version

@@ -53,6 +53,7 @@ _JOIN_SECONDS: Final = 15.0
 _SETTLE_SECONDS: Final = 0.5
 _PATIENCE: Final = 10.0  # beyond the story
 _STATUS_SECONDS: Final = 0.2
+_RECEIPT_SECONDS: Final = 2.5  # receipts are settled two seconds after the fact
 
 
 def main(live: bool = True) -> int:
@@ -65,7 +66,8 @@ def main(live: bool = True) -> int:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-demo-")))
         teller = stack.enter_context(_teller(live=live))
         tunnel = Tunnel(lab, places)
-        teller.say(f"laptop:  mptunnel -c {SERVER}{''.join(f' -i {each.device}' for each in UPLINKS)}")
+        teller.say("server:  mptunnel -s")
+        teller.say(f"laptop:  mptunnel -c {SERVER} {' '.join(tunnel.paths)}")
         tunnel.start()
         teller.say("the tunnel is up over wifi and lte; two downloads and a call begin")
         claims = judge(run_story(lab, tunnel, teller))
@@ -90,6 +92,7 @@ class Tunnel:
     def __init__(self, lab: Lab, places: Path) -> None:
         self._lab, self._places = lab, places
         self._logs: dict[str, Path] = {}
+        self.paths = [word for path in lab.paths for word in ("-i", lab.client_address(path))]
 
     def start(self) -> None:
         """Start both and wait until every path is up. Raises `HostError` with the last words of the log."""
@@ -99,9 +102,7 @@ class Tunnel:
         token.write_text(told.split()[-1] + "\n")
         running = [
             self._spawn("sv", "-s"),
-            self._spawn(
-                "cl", "-c", SERVER, *(f"-i{each.device}" for each in UPLINKS), "--dns", "keep", "--join", f"@{token}"
-            ),
+            self._spawn("cl", "-c", SERVER, *self.paths, "--dns", "keep", "--join", f"@{token}"),
         ]
         end = time.monotonic() + _JOIN_SECONDS
         while not self._is_up():
@@ -146,26 +147,26 @@ def run_story(lab: Lab, tunnel: Tunnel, teller: Teller) -> Outcome:
     call = Datagrams(lab, SECONDS, rate=CALL_RATE)
     through = Download(lab, SIZE, seed=SEED, rate=RATE)
     alone = Download(lab, SIZE, seed=SEED, rate=RATE, device=UPLINKS[0].device)
-    begun, status_at, chapters, scene = time.monotonic(), 0.0, list(STORY), Scene()
-    while scene.clock < SECONDS + _PATIENCE:
-        scene.clock = time.monotonic() - begun
+    scene, chapters, status_at, begun = Scene(), list(STORY), 0.0, time.monotonic()
+    ends_at = begun + SECONDS + _PATIENCE
+    while (now := time.monotonic()) < ends_at:
+        if not scene.is_over:
+            scene.clock = now - begun
+            scene.tunnel, scene.control = through.poll(), alone.poll()
+            scene.history.append((scene.clock, scene.tunnel.received, scene.control.received))
+            if scene.is_over:  # what moves still may be looked at until the receipts are settled
+                ends_at = now + _RECEIPT_SECONDS
         while chapters and chapters[0].at <= scene.clock:
             chapter = chapters.pop(0)
             lab.wire(chapter.device).set(**chapter.weather)
             teller.say(f"{chapter.at:5.1f} s   {chapter.words}")
-        scene.tunnel, scene.control = through.poll(), alone.poll()
-        scene.history.append((scene.clock, scene.tunnel.received, scene.control.received))
         scene.wires = {each.device: _since(before[each.device], lab.wire(each.device).counts()) for each in UPLINKS}
-        if scene.clock >= status_at:
-            status_at = scene.clock + _STATUS_SECONDS
+        if now >= status_at:
+            status_at = now + _STATUS_SECONDS
             scene.status = tunnel.status() or scene.status
         teller.show(scene)
-        if scene.tunnel.sha256 or scene.tunnel.error:
-            break
         time.sleep(FRAME_SECONDS)
     flows = call.finish()
-    scene.status = tunnel.status() or scene.status
-    teller.show(scene)
     return Outcome(
         tunnel=through.finish(0.0),
         call=flows,

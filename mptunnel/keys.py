@@ -6,7 +6,6 @@ Nothing here ever shows a secret: no message quotes what was typed, no repr prin
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -41,7 +40,7 @@ def decode_key(text: str, what: str = "key") -> bytes:
         raise ConfigError(f"{what}: {len(letters)} characters, a key has {_KEY_LETTERS} ending in '='; copy it again")
     try:
         key = base64.b64decode(letters, validate=True)
-    except binascii.Error:
+    except ValueError:
         key = b""
     if len(key) != KEY_SIZE or encode_key(key) != letters:
         raise ConfigError(f"{what}: not the base64 form of 32 bytes; copy it again")

@@ -115,6 +115,7 @@ class Peer:
         self.remote = remote
         self.name = name
         self.mtu = mtu
+        self.tunnel_mtu = 0  # what the tunnel carries now, once that is known: padding does not go beyond it
         self.timers = PeerTimers(identity.rng)
         self.previous: Session | None = None
         self.current: Session | None = None
@@ -160,11 +161,12 @@ class Peer:
         self, session: Session, packets: Sequence[Buffer], start: int, now: float, out: list[Transmit]
     ) -> int:
         """Send the packets from `start` on that make one run; return how many they are."""
-        size = total = sealed_size(len(packets[start]), self.mtu)
+        limit = self.tunnel_mtu or self.mtu
+        size = total = sealed_size(len(packets[start]), limit)
         count = 1
         most = min(MAX_SEGMENTS, MAX_RUN // size, len(packets) - start)
         while count < most:
-            more = sealed_size(len(packets[start + count]), self.mtu)
+            more = sealed_size(len(packets[start + count]), limit)
             if more > size:
                 break
             total += more
@@ -177,7 +179,7 @@ class Peer:
             self._stage(run)
             return count
         data = bytearray(total)
-        session.seal_run(run, data, self.mtu)
+        session.seal_run(run, data, limit)
         self.packets_sent += count
         self.bytes_sent += sum(map(len, run))
         view = memoryview(data).toreadonly()
@@ -206,7 +208,7 @@ class Peer:
         session = self.current
         if session is None or not session.is_alive(now) or to is None:
             return
-        datagram = session.seal(plain)
+        datagram = session.seal(plain, len(plain))  # padded by its encoder, perhaps to a size under test
         out.append(Transmit(to, datagram, len(datagram)))
         if path is not None:
             path.sent(1, len(datagram))
@@ -235,7 +237,8 @@ class Peer:
         if opened.repeated:
             self.identity.drops["duplicate"] += opened.repeated
         if path is not None and (new or opened.credited):
-            path.received(new + opened.credited, len(datagrams), min(size, len(datagrams)))
+            longest = min(size, len(datagrams)) if new else 0  # a copy seen before proves no size
+            path.received(new + opened.credited, len(datagrams), longest)
         if not new:
             return
         self._authenticated(session, source, now, out)
@@ -306,7 +309,7 @@ class Peer:
             self.identity.drops["initiation too soon"] += 1
             return None
         self._timestamp = consumed.timestamp
-        self._accepted_at = now
+        self._accepted_at = self._initiated_at = now  # a response counts: one handshake in 5 s is enough
         self._forget_initiation()
         index = self.identity.indices.new(self)
         response, keys = noise.create_response(self.remote, consumed, index, self.identity.entropy)
@@ -382,9 +385,9 @@ class Peer:
     def _initiate(self, now: float, out: list[Transmit]) -> None:
         """Send a new initiation on every way there is."""
         ways = self._handshake_ways(now)
-        if not ways:
-            return
         self._forget_initiation()
+        if not ways:
+            return  # whoever finds a way again starts anew
         index = self.identity.indices.new(self)
         timestamp = self.identity.timestamps.next(now)
         self.initiation = noise.create_initiation(
@@ -471,7 +474,7 @@ class Peer:
                 pass
 
     def _retransmit(self, now: float, out: list[Transmit]) -> None:
-        if self._attempts <= MAX_ATTEMPTS:
+        if self._attempts < MAX_ATTEMPTS:
             self._initiate(now, out)
             return
         log.info("%s did not answer %d handshakes: waiting for traffic", self.name, self._attempts)

@@ -33,6 +33,7 @@ _FRAME: Final = 6  # columns of the panel's border and padding
 _LANE_WORDS: Final = (11, 6, 1, 0, 1, 6, 24)  # columns of the table around a lane, which is the 0
 _BAR_WORDS: Final = 56
 _TIMELINE_WORDS: Final = 11
+_MARK: Final = 5  # seconds from one number of the timeline to the next
 _FULL: Final = 1.5  # times the download's rate: a full bar
 _COLOURS: Final = {"p1": "green", "p2": "yellow"}
 _BARS: Final = "▁▂▃▄▅▆▇█"
@@ -94,6 +95,7 @@ class Picture:
         self._console = console or Console(highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
         self._words = ""
+        self._before = Text()  # what was said before there was anything to draw
         self._streams = {uplink.device: (Stream(), Stream()) for uplink in UPLINKS}  # up, down
         self._seen: dict[str, tuple[tuple[int, int], ...]] = {}
         self._drawn_at = time.monotonic()
@@ -107,9 +109,10 @@ class Picture:
 
     def say(self, words: str) -> None:
         """Show what happens now as the headline."""
-        self._words = words
+        self._words = words.strip()
         if not self._seen:
-            self._live.update(Text(f"  {words}", style="dim"), refresh=True)
+            self._before.append(f"  {words}\n", style="dim")
+            self._live.update(self._before, refresh=True)
 
     def show(self, scene: Scene) -> None:
         """Draw the next frame."""
@@ -136,7 +139,7 @@ class Picture:
     def draw(self, scene: Scene) -> RenderableType:
         """Return the whole picture."""
         width = min(WIDTH, self._console.width)
-        head = Text(self._words.strip(), style="bold")
+        head = Text(self._words, style="bold")
         return Panel(
             Group(
                 head,
@@ -197,7 +200,7 @@ def draw_downloads(scene: Scene, width: int) -> RenderableType:
     ):
         length = width - _BAR_WORDS
         full = round(length * progress.received / SIZE)
-        bar = Text("━" * full, style=f"bold {colour}") + Text("━" * (length - full), style="bright_black")
+        bar = Text("━" * full, style=f"bold {colour}") + Text("─" * (length - full), style="dim")
         table.add_row(
             Text(name, style=f"bold {colour}"), bar, f"{progress.received / 1e6:5.1f} MB", _pace(scene, column)
         )
@@ -233,7 +236,7 @@ def draw_timeline(scene: Scene, width: int) -> RenderableType:
         table.add_row(
             Text(name, style=f"bold {colour}"), Text(sparkline(scene.history, column, per_second), style=colour)
         )
-    marks = "".join(f"{second:<{4 * per_second}}" for second in range(0, int(SECONDS), 4))
+    marks = "".join(f"{second:<{_MARK * per_second}}" for second in range(0, int(SECONDS) + 1, _MARK))
     table.add_row(Text("seconds", style="dim"), Text(marks, style="dim"))
     table.add_row()
     return table
@@ -291,6 +294,7 @@ def draw_verdict(claims: list[Claim], width: int) -> RenderableType:
     return Panel(
         table,
         title=f"[bold]{'everything held' if holds else 'not everything held'}[/]",
+        subtitle="[dim]the real program, in namespaces; this machine is as it was[/]",
         border_style="green" if holds else "red",
         box=box.ROUNDED,
         width=width,

@@ -73,7 +73,7 @@ FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
 PROOF_TRIES: Final = 5
 MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
 RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
-RESPONSES_PER_SECOND: Final = 256
+
 
 News = Hello | Address | Enrolled | Close | int  # int: the tunnel's MTU has changed to this
 
@@ -132,11 +132,14 @@ class ServerPeer(Peer):
     def path_opened(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         """A path has a new socket: use it at once."""
         path.opened(int.from_bytes(self.identity.entropy(4), "little"), now)
-        if self.speaks and self.current is not None and self.current.is_alive(now):
-            self._probe(path, now, out)
+        has_session = self.current is not None and self.current.is_alive(now)
+        if has_session:
+            if self.speaks:
+                self._probe(path, now, out)
+            self._flush(now, out)  # what waited while there was no path at all
         if self.initiation is not None:
             self._repeat([way for way in self._handshake_ways(now) if way == path.id], now, out)
-        elif self.current is None or not self.current.is_alive(now):
+        elif not has_session:
             self._want_handshake(now, out)
 
     def close(self, reason: CloseReason, now: float, out: list[Transmit], path: int = WHOLE_SESSION) -> None:
@@ -377,7 +380,9 @@ class ServerPeer(Peer):
         if path is None or challenge.path != path.id or challenge.incarnation != path.incarnation:
             self.identity.drops["challenge for another path"] += 1
             return
-        self._send_control(challenge.encode(Control.RESPONSE), path.id, path, now, out)
+        if path.may_answer(now):
+            path.challenged()
+            self._send_control(challenge.encode(Control.RESPONSE), path.id, path, now, out)
 
     def _echo_received(self, session: Session, counter: int, echo: Echo, source: Any, now: float) -> None:
         path = self.paths.get(source)
@@ -436,7 +441,7 @@ class ServerPeer(Peer):
         """When `handle_timeout` is due."""
         due = self.timers.next_deadline()
         if self.speaks and self.current is not None:
-            due = min(due, *(path.probe_at for path in self.paths.values()), INF)
+            due = min(due, *(path.probe_at for path in self._open_paths()), INF)
         return due
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
@@ -478,8 +483,12 @@ class ServerPeer(Peer):
     # -- MTU -------------------------------------------------------------------------------------------
 
     def _size_to_prove(self, path: ClientPath, now: float) -> int:
-        """The size that the next probe of `path` is padded to, 0 for a small one."""
-        if path.state is not PathState.UP or path.carries or now - path.heard_at > max(1.0, 4 * (path.rtt or 0.0)):
+        """The size that the next probe of `path` is padded to, 0 for a small one.
+
+        Every other probe is small: a size that does not pass must not make the path look dead.
+        """
+        is_heard = now - path.heard_at <= max(1.0, 4 * (path.rtt or 0.0))
+        if path.state is not PathState.UP or path.carries or path.was_padded or not is_heard:
             return 0
         sizes = [self.mtu, *(step for step in MTU_STEPS if step < self.mtu)]
         step, path.proof_tries = path.proof_tries // PROOF_TRIES, path.proof_tries + 1

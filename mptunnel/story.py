@@ -16,8 +16,8 @@ from mptunnel.traffic import Flow, Progress, content_sha256
 if TYPE_CHECKING:
     from mptunnel.lab import WireCounts
 
-SECONDS: Final = 16.0  # of the story; building the lab and joining come before it
-SIZE: Final = 32 * 1024 * 1024  # bytes downloaded, at a rate that lasts through the story
+SECONDS: Final = 15.0  # of the story; building the lab and joining come before it
+SIZE: Final = 30 * 1024 * 1024  # bytes downloaded, at a rate that lasts through the story
 RATE: Final = SIZE / SECONDS
 CALL_RATE: Final = 100  # datagrams a second each way
 SEED: Final = 7  # of all chance in the wires: each run meets the same losses
@@ -64,11 +64,11 @@ UPLINKS: Final = (
     Uplink("p2", "lte", {"delay": 0.022, "jitter": 0.010, "rate": 8e6, "buffer": 256 * 1024}),
 )
 STORY: Final = (
-    Chapter(0.0, "p1", Mood.LOSSY, "loses 5 %", "wifi loses 5 % of its packets, as wifi does", {"loss": 0.05}),
     Chapter(0.0, "p2", Mood.GOOD, "", "lte is slower, but whole", {}),
+    Chapter(0.0, "p1", Mood.LOSSY, "loses 5 %", "wifi loses 5 % of its packets, as wifi does", {"loss": 0.05}),
     Chapter(3.0, "p1", Mood.CUT, "cut", "wifi is cut: nothing arrives, and nobody is told", {"is_cut": True}),
-    Chapter(8.0, "p1", Mood.GOOD, "", "wifi is back", {"is_cut": False, "loss": 0.0}),
-    Chapter(10.5, "p2", Mood.LOSSY, "loses 30 %", "lte loses 30 % of its packets", {"loss": 0.30}),
+    Chapter(7.5, "p1", Mood.GOOD, "", "wifi is back", {"is_cut": False, "loss": 0.0}),
+    Chapter(10.0, "p2", Mood.LOSSY, "loses 30 %", "lte loses 30 % of its packets", {"loss": 0.30}),
 )
 
 
@@ -90,6 +90,11 @@ class Scene:
     wires: dict[str, WireCounts] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)  # of the client, `status --json`
     history: list[tuple[float, int, int]] = field(default_factory=list)  # clock, bytes through tunnel and control
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the download through the tunnel has ended, well or not."""
+        return bool(self.tunnel.sha256 or self.tunnel.error)
 
     @property
     def receipts(self) -> dict[str, Any]:
@@ -220,7 +225,7 @@ def judge(outcome: Outcome) -> list[Claim]:
         ),
         Claim(
             f"the control, over wifi alone, stood still for {outcome.control_stall:.1f} s "
-            f"(wifi was away for {cut_seconds:.0f} s)",
+            f"(wifi was away for {cut_seconds:.1f} s)",
             outcome.control_stall >= 0.9 * cut_seconds,
         ),
     ]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 INF: Final = float("inf")
 JITTER: Final = 0.333
 REKEY_ATTEMPT_TIME: Final = 90.0
-MAX_ATTEMPTS: Final = 18
+MAX_ATTEMPTS: Final = 20  # initiations, then it is given up (reference implementation: the first and 19 retries)
 REPEAT_INTERVAL: Final = 0.25
 HELLO_INTERVAL: Final = 0.5
 ENROL_INTERVAL: Final = 0.5

@@ -49,6 +49,8 @@ _LINGER: Final = 1.0  # what is under way when the sending ends may still arrive
 _PATIENCE: Final = 30.0  # for the other side to be there
 _TIMESPEC: Final = struct.Struct("@qq")
 _SO_TIMESTAMPNS: Final = 35
+_SO_MAX_PACING_RATE: Final = 47
+_CATCHING_UP: Final = 1.5  # times the rate that a download was asked to have
 _PROGRESS_SECONDS: Final = 0.05
 
 
@@ -364,6 +366,8 @@ class _WebHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(http.HTTPStatus.OK)
         self.send_header("Content-Length", str(size))
         self.end_headers()
+        if rate:  # what was held up is sent faster, but not all at once, which would fill the queues of others
+            self.connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, int(_CATCHING_UP * rate))
         begin, sent = time.monotonic(), 0
         with contextlib.suppress(OSError):  # the client has gone
             for block in content(size, int(query.get("seed", 1))):

@@ -246,7 +246,7 @@ def _deliver(network: Network, now: float, queue: list[tuple[float, int, int, by
 
 
 def _obey(network: Network, request: dict[str, Any]) -> None:
-    verbs: dict[str, Callable[..., dict[str, Any]]] = {"set": _set, "counts": _counts, "forget": _forget, "pid": _pid}
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {"set": _set, "counts": _counts, "forget": _forget}
     _answer(**verbs[request.pop("verb")](network, **request))
 
 
@@ -269,10 +269,6 @@ def _forget(network: Network, role: str) -> dict[str, Any]:
         netlink.send(_CONNTRACK_FLUSH)
         code = struct.unpack_from("=i", netlink.recv(4096), 16)[0]  # nlmsgerr after the header
     return {"error": f"conntrack flush: {os.strerror(-code)}", "errno": -code} if code else {}
-
-
-def _pid(_: Network) -> dict[str, Any]:
-    return {"pid": os.getpid()}
 
 
 def _answer(**values: Any) -> None:

@@ -238,8 +238,7 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
     [ -z "$2" ] || lines="addr replace $address dev $device"
     [ "$1$lines" = "$1" ] || [ "$1" = -4 ] || lines="$lines nodad"
     for network in $5; do lines="$lines${newline}route replace $network dev $device"; done
-    batch "$1" "$lines"
-    stale=$(
+    stale=$(                             # goes first: the kernel would take a second address for an appendix
         ip "$1" -o addr show dev "$device" | while read -r _ _ _ found word peer _; do
             [ "$word" != peer ] || found="$found peer $peer"
             [ "$found" = "$address" ] || printf '%s\n' "addr del $found dev $device"
@@ -250,6 +249,7 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
         done
     ) 2>/dev/null
     [ -z "$stale" ] || attempt "$1" "$stale"
+    batch "$1" "$lines"
 }
 
 keep() {            # MPT_KEEP: what goes by the main table now still does, by a copy of it; so does an answer of sshd
@@ -258,7 +258,7 @@ keep() {            # MPT_KEEP: what goes by the main table now still does, by a
         for pair in ${MPT_KEEP:-}; do
             ! is "$family" "$pair" || asked="${asked}route get ${pair#*,} from ${pair%,*}$newline"
         done
-        [ -n "$asked" ] || continue
+        [ -n "$asked$(our_rules "$family" "$kept" "$kept")" ] || continue
         while read -r remote _ local more; do
             case " $more " in *" table $kept "*) ;; *' table '* | *" dev $device "* | '  ') continue ;; esac
             for rule in "from $local to $remote" "from $local ipproto tcp sport 22"; do
@@ -268,7 +268,7 @@ keep() {            # MPT_KEEP: what goes by the main table now still does, by a
         done <<END
 $(printf '%s' "$asked" | ip "$family" -o -force -batch - 2>/dev/null)
 END
-        [ -z "$wanted" ] || copy_main "$family"
+        if [ -n "$wanted" ]; then copy_main "$family"; else attempt "$family" "route flush table $kept"; fi
         settle "$family" "$kept" "${wanted%"$newline"}"
     done
 }
@@ -332,8 +332,8 @@ path_up() {
         -4*:*) hop="via inet6 $MPT_GATEWAY onlink" ;;
         *) hop="via $MPT_GATEWAY onlink" ;;
     esac
-    [ "${MPT_SHARED:-0}" = 0 ] || alone loosen || exit 1
     batch "$family" "route replace default $hop dev $MPT_INTERFACE table $table proto kernel"
+    [ "${MPT_SHARED:-0}" = 0 ] || alone loosen || exit 1
     settle "$family" "$table" "priority $table from $MPT_ADDRESS to $MPT_SERVER lookup $table"
     settle "$other" "$table" ''
 }

@@ -24,6 +24,68 @@ if TYPE_CHECKING:
     from ipaddress import IPv6Address
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {role: ROOT / "scripts" / f"{role}.sh" for role in ("client", "server")}
+
+# A host that is not empty: addresses, default routes, rules, tables and nft of others, among our own numbers too.
+FOREIGN = """
+ip link add wifi type veth peer name wifi-far; ip link set wifi-far up; ip link set wifi up
+ip link add lte type veth peer name lte-far; ip link set lte-far up; ip link set lte up
+ip addr add 10.1.0.2/24 dev wifi; ip addr add 2001:db8:1::2/64 dev wifi
+ip addr add 10.2.0.2/24 dev lte; ip addr add 2001:db8:2::2/64 dev lte
+ip route add default via 10.1.0.1 dev wifi metric 100; ip route add default via 10.2.0.1 dev lte metric 600
+ip -6 route add default via 2001:db8:1::1 dev wifi metric 100
+ip rule add from 10.2.0.2 lookup 102; ip route add default via 10.2.0.1 dev lte table 102
+ip -6 rule add from 2001:db8:2::2 lookup 102; ip -6 route add default via 2001:db8:2::1 dev lte table 102
+ip rule add priority 5201 to 192.0.2.0/24 lookup 103; ip rule add priority 5300 to 192.0.2.0/24 lookup 5201
+ip rule add priority 52 fwmark 52 lookup 52
+nft add table inet mine; nft add chain inet mine forward '{ type filter hook forward priority 5; policy drop; }'
+nft add rule inet mine forward ct state established accept comment '"mptunnel mpt01"'
+nft add table ip mptunnel_mpt; nft add chain ip mptunnel_mpt mptunnel_mpt0
+echo 1 >/proc/sys/net/ipv4/conf/wifi/forwarding; echo 0 >/proc/sys/net/ipv4/conf/all/accept_redirects
+echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter; echo 1 >/proc/sys/net/ipv4/conf/lte/rp_filter
+echo 0 >/proc/sys/net/ipv6/conf/lte/accept_ra
+"""
+DEVICE = (
+    "ip tuntap add {0} mode tun; ip link set {0} mtu 1420 txqueuelen 2000 addrgenmode none up; ip link set {0} down"
+)
+
+# Values for the scripts.
+CLIENT = {
+    "MPT_MTU": "1420",
+    "MPT_ADDRESS4": "10.0.1.2",
+    "MPT_PEER4": "10.0.1.1",
+    "MPT_ADDRESS6": "fd00:1::2",
+    "MPT_PEER6": "fd00:1::1",
+    "MPT_ROUTES": "0.0.0.0/0 ::/0",
+    "MPT_DNS": "9.9.9.9 149.112.112.112 2620:fe::fe",
+    "MPT_SERVERS": "198.51.100.1 2001:db8:9::9",
+    "MPT_KEEP": "10.1.0.2,203.0.113.7 10.2.0.2,203.0.113.7 2001:db8:1::2,2001:db8:77::1",
+}
+PATH = {
+    "MPT_PATH": "1",
+    "MPT_INTERFACE": "lte",
+    "MPT_ADDRESS": "10.2.0.2",
+    "MPT_GATEWAY": "10.2.0.1",
+    "MPT_SERVER": "198.51.100.1",
+    "MPT_SHARED": "1",
+}
+PATH6 = {
+    "MPT_PATH": "2",
+    "MPT_INTERFACE": "wifi",
+    "MPT_ADDRESS": "2001:db8:1::2",
+    "MPT_GATEWAY": "fe80::1",
+    "MPT_SERVER": "2001:db8:9::9",
+}
+SERVER = {
+    "MPT_MTU": "1420",
+    "MPT_ADDRESS4": "10.0.1.1/24",
+    "MPT_ADDRESS6": "fd00:1::1/64",
+    "MPT_NETWORK4": "10.0.1.0/24",
+    "MPT_NETWORK6": "fd00:1::/64",
+    "MPT_PORT": "5000",
+    "MPT_DNS": "9.9.9.9 10.1.0.53",
+}
+PEER = {"MPT_PEER": "10.0.1.2 fd00:1::2", "MPT_MTU": "1300"}
 
 _HOLD = ["sh", "-c", "echo; exec cat >/dev/null"]
 _QUIET = ("accept_dad=0", "router_solicitations=0", "addr_gen_mode=1")  # no address of the kernel's own, no waiting
@@ -77,7 +139,7 @@ _ECHO = """
 import socket, sys
 with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
     s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    s.bind(("::", int(sys.argv[1])))
+    s.bind((sys.argv[2], int(sys.argv[1])))
     print("ready", flush=True)
     while True:
         data, source = s.recvfrom(65536)
@@ -213,8 +275,31 @@ class Machine:
     def sniff(self) -> Program:
         return self.start(_SNIFF)
 
-    def echo(self, port: int) -> Program:
-        return self.start(_ECHO, str(port))
+    def echo(self, port: int, address: str = "::") -> Program:
+        return self.start(_ECHO, str(port), address)
+
+
+class Setup:
+    """A machine with the scripts of one run directory."""
+
+    def __init__(self, machine: Machine, run_dir: Path) -> None:
+        self.machine, self.run_dir = machine, run_dir
+
+    def script(
+        self, role: str, verb: str, values: dict[str, str] | None = None, device: str = "mpt0", **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        saved = str(self.run_dir / f"{device}.saved")
+        env = {"MPT_DEVICE": device, "MPT_SAVED": saved, **(values or {}), **more}
+        return self.machine.run(str(SCRIPTS[role]), verb, env=env)
+
+    def do(self, role: str, verb: str, values: dict[str, str] | None = None, device: str = "mpt0") -> str:
+        """Run a verb that has to work, without a word on stderr, and return what it printed."""
+        done = self.script(role, verb, values, device)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def value(self, name: str) -> str:
+        return self.machine.sh(f"cat /proc/sys/net/{name}").strip()
 
 
 def machines(count: int) -> Iterator[list[Machine]]:
@@ -229,6 +314,13 @@ def machines(count: int) -> Iterator[list[Machine]]:
                 raise
             pytest.skip(f"namespaces are refused here: {error}")
         yield made
+
+
+def furnished(tmp_path: Path) -> Iterator[Setup]:
+    """Make one machine that is in use by others, with a device for the tunnel."""
+    for (machine,) in machines(1):
+        machine.sh(FOREIGN + DEVICE.format("mpt0"))
+        yield Setup(machine, tmp_path / "run")
 
 
 def udp(source: str, target: str, sport: int, dport: int, payload: bytes) -> bytes:

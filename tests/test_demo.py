@@ -127,7 +127,7 @@ def test_a_standstill_is_found_in_the_middle_and_at_the_end() -> None:
 
 
 def test_a_download_that_is_whole_does_not_stand_still() -> None:
-    assert standstill([(0.0, 0, 0), (1.0, SIZE, 0), (9.0, SIZE, 0)], 1) == pytest.approx(1.0)
+    assert standstill([(0.0, 0, 0), (1.0, 0, 0), (2.0, SIZE, 0), (9.0, SIZE, 0)], 1) == pytest.approx(1.0)
 
 
 def test_bytes_between_two_looks_are_in_proportion() -> None:

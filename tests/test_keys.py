@@ -33,6 +33,7 @@ def test_a_key_may_carry_the_white_space_it_was_pasted_with() -> None:
         (encode_key(SERVER)[:-1], "43 characters"),
         (encode_key(SERVER).rstrip("=") + "A", "base64"),
         ("!" * 43 + "=", "base64"),
+        ("ä" * 44, "base64"),
         (encode_key(SERVER)[:42] + "9=", "base64"),  # the last letter has bits behind the 32nd byte
         (TOKEN.encode(), "--join"),
     ],

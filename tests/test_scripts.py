@@ -7,79 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.machines import ROOT, Machine, machines, source_of, target_of, udp
+from tests.machines import CLIENT, DEVICE, PATH, PATH6, PEER, SCRIPTS, SERVER, Setup, furnished
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.netns
 
-SCRIPTS = {role: ROOT / "scripts" / f"{role}.sh" for role in ("client", "server")}
-
-# A host that is not empty: addresses, default routes, rules, tables and nft of others, among our own numbers too.
-FOREIGN = """
-ip link add wifi type veth peer name wifi-far; ip link set wifi-far up; ip link set wifi up
-ip link add lte type veth peer name lte-far; ip link set lte-far up; ip link set lte up
-ip addr add 10.1.0.2/24 dev wifi; ip addr add 2001:db8:1::2/64 dev wifi
-ip addr add 10.2.0.2/24 dev lte; ip addr add 2001:db8:2::2/64 dev lte
-ip route add default via 10.1.0.1 dev wifi metric 100; ip route add default via 10.2.0.1 dev lte metric 600
-ip -6 route add default via 2001:db8:1::1 dev wifi metric 100
-ip rule add from 10.2.0.2 lookup 102; ip route add default via 10.2.0.1 dev lte table 102
-ip -6 rule add from 2001:db8:2::2 lookup 102; ip -6 route add default via 2001:db8:2::1 dev lte table 102
-ip rule add priority 5201 to 192.0.2.0/24 lookup 103; ip rule add priority 5300 to 192.0.2.0/24 lookup 5201
-ip rule add priority 52 fwmark 52 lookup 52
-nft add table inet mine; nft add chain inet mine forward '{ type filter hook forward priority 5; policy drop; }'
-nft add rule inet mine forward ct state established accept comment '"mptunnel mpt01"'
-nft add table ip mptunnel_mpt; nft add chain ip mptunnel_mpt mptunnel_mpt0
-echo 1 >/proc/sys/net/ipv4/conf/wifi/forwarding; echo 0 >/proc/sys/net/ipv4/conf/all/accept_redirects
-echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter; echo 1 >/proc/sys/net/ipv4/conf/lte/rp_filter
-echo 0 >/proc/sys/net/ipv6/conf/lte/accept_ra
-"""
-DEVICE = "ip tuntap add {0} mode tun; ip link set {0} mtu 1420 txqueuelen 2000 addrgenmode none up; ip link set {0} down"
-
-CLIENT = {
-    "MPT_MTU": "1420",
-    "MPT_ADDRESS4": "10.0.1.2",
-    "MPT_PEER4": "10.0.1.1",
-    "MPT_ADDRESS6": "fd00:1::2",
-    "MPT_PEER6": "fd00:1::1",
-    "MPT_ROUTES": "0.0.0.0/0 ::/0",
-    "MPT_DNS": "9.9.9.9 149.112.112.112 2620:fe::fe",
-    "MPT_SERVERS": "198.51.100.1 2001:db8:9::9",
-    "MPT_KEEP": "10.1.0.2,203.0.113.7 10.2.0.2,203.0.113.7 2001:db8:1::2,2001:db8:77::1",
-}
-PATH = {
-    "MPT_PATH": "1",
-    "MPT_INTERFACE": "lte",
-    "MPT_ADDRESS": "10.2.0.2",
-    "MPT_GATEWAY": "10.2.0.1",
-    "MPT_SERVER": "198.51.100.1",
-    "MPT_SHARED": "1",
-}
-PATH6 = {
-    "MPT_PATH": "2",
-    "MPT_INTERFACE": "wifi",
-    "MPT_ADDRESS": "2001:db8:1::2",
-    "MPT_GATEWAY": "fe80::1",
-    "MPT_SERVER": "2001:db8:9::9",
-}
-SERVER = {
-    "MPT_MTU": "1420",
-    "MPT_ADDRESS4": "10.0.1.1/24",
-    "MPT_ADDRESS6": "fd00:1::1/64",
-    "MPT_NETWORK4": "10.0.1.0/24",
-    "MPT_NETWORK6": "fd00:1::/64",
-    "MPT_PORT": "5000",
-    "MPT_DNS": "9.9.9.9 10.1.0.53",
-}
-PEER = {"MPT_PEER": "10.0.1.2 fd00:1::2", "MPT_MTU": "1300"}
 # What a whole life of each role does, before `down`.
 LIVES = {
     "client": [
@@ -97,44 +37,20 @@ LIVES = {
 }
 
 
-class Setup:
-    """A machine with the scripts of one run directory."""
-
-    def __init__(self, machine: Machine, run_dir: Path) -> None:
-        self.machine, self.run_dir = machine, run_dir
-
-    def script(
-        self, role: str, verb: str, values: dict[str, str] | None = None, device: str = "mpt0", **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        saved = str(self.run_dir / f"{device}.saved")
-        env = {"MPT_DEVICE": device, "MPT_SAVED": saved, **(values or {}), **more}
-        return self.machine.run(str(SCRIPTS[role]), verb, env=env)
-
-    def do(self, role: str, verb: str, values: dict[str, str] | None = None, device: str = "mpt0") -> str:
-        """Run a verb that has to work, without a word on stderr, and return what it printed."""
-        done = self.script(role, verb, values, device)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def live(self, role: str, device: str = "mpt0") -> None:
-        for verb, values in LIVES[role]:
-            self.do(role, verb, values, device)
-
-    def value(self, name: str) -> str:
-        return self.machine.sh(f"cat /proc/sys/net/{name}").strip()
+def live(setup: Setup, role: str, device: str = "mpt0") -> None:
+    for verb, values in LIVES[role]:
+        setup.do(role, verb, values, device)
 
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Iterator[Setup]:
-    for made in machines(1):
-        made[0].sh(FOREIGN + DEVICE.format("mpt0"))
-        yield Setup(made[0], tmp_path / "run")
+    yield from furnished(tmp_path)
 
 
 @pytest.mark.parametrize("role", LIVES)
 def test_after_down_the_host_is_exactly_what_it_was(setup: Setup, role: str) -> None:
     before = setup.machine.look()
-    setup.live(role)
+    live(setup, role)
     assert setup.machine.look() != before
     setup.do(role, "down")
     assert setup.machine.look() == before
@@ -146,9 +62,9 @@ def test_up_twice_and_down_twice_are_like_once_and_down_alone_is_harmless(setup:
     before = setup.machine.look()
     setup.do(role, "down")
     assert setup.machine.look() == before
-    setup.live(role)
+    live(setup, role)
     once, saved = setup.machine.look(), (setup.run_dir / "mpt0.saved").read_text()
-    setup.live(role)
+    live(setup, role)
     assert (setup.machine.look(), (setup.run_dir / "mpt0.saved").read_text()) == (once, saved)
     setup.do(role, "down")
     setup.do(role, "down")
@@ -160,7 +76,7 @@ def test_after_a_kill_and_cleanup_the_host_is_exactly_what_it_was(setup: Setup, 
     setup.machine.sh("ip link del mpt0")
     before = setup.machine.look()
     device = setup.machine.tun()  # goes with its process, as the program's does
-    setup.live(role)
+    live(setup, role)
     device.end()
     assert setup.machine.look() != before, "a kill leaves nothing behind: then this test shows nothing"
     code = f"from pathlib import Path; from mptunnel import host; host.cleanup(Path({str(setup.run_dir)!r}), 'mpt0')"
@@ -199,7 +115,7 @@ def test_down_clears_up_behind_a_script_that_ends_at_any_step(
         if counter.read_text().count("\n") < step:
             break
     assert step > 10
-    assert failures >= (5 if how == "exit 1" else step - 1)
+    assert failures >= (5 if how == "exit 1" else step - 4)  # two in one pipe may count as one
 
 
 def test_a_failure_names_the_command_and_what_the_kernel_said(setup: Setup) -> None:
@@ -237,9 +153,9 @@ def test_a_second_server_keeps_forwarding_until_it_goes_too(setup: Setup) -> Non
 def test_a_client_beside_a_server_restores_nothing_of_the_other(setup: Setup) -> None:
     setup.machine.sh(DEVICE.format("mpt1"))
     before = setup.machine.look()
-    setup.live("server")
+    live(setup, "server")
     served = setup.machine.look()
-    setup.live("client", "mpt1")
+    live(setup, "client", "mpt1")
     assert "5217:" in setup.machine.sh("ip rule"), "table and priority are 5200 + 16 x instance + path"
     setup.do("client", "down", device="mpt1")
     assert setup.machine.look() == served
@@ -248,13 +164,13 @@ def test_a_client_beside_a_server_restores_nothing_of_the_other(setup: Setup) ->
 
 
 def test_what_somebody_has_changed_meanwhile_stays_as_he_made_it(setup: Setup) -> None:
-    setup.live("client")
+    live(setup, "client")
     assert setup.value("ipv4/conf/lte/rp_filter") == "2"
     setup.machine.sh("echo 0 >/proc/sys/net/ipv4/conf/lte/rp_filter")
     setup.do("client", "down")
     assert setup.value("ipv4/conf/lte/rp_filter") == "0"
     setup.machine.sh("echo 1 >/proc/sys/net/ipv4/ip_forward")
-    setup.live("server")
+    live(setup, "server")
     setup.do("server", "down")
     assert setup.value("ipv4/ip_forward") == "1"
 
@@ -305,7 +221,7 @@ def test_a_kernel_without_ipv6_is_no_failure(setup: Setup, tmp_path: Path, role:
     stub = tmp_path / "bin" / "ip"
     stub.parent.mkdir()
     stub.write_text(
-        '#!/bin/sh\ncase " $* " in *" -6 "*) echo "RTNETLINK answers: Address family not supported" >&2; exit 2 ;; esac\n'
+        '#!/bin/sh\ncase " $* " in *" -6 "*) echo "Address family not supported by protocol" >&2; exit 2 ;; esac\n'
         f'exec {shutil.which("ip")} "$@"\n'
     )
     stub.chmod(0o755)
@@ -325,12 +241,10 @@ def test_a_kernel_without_ipv6_is_no_failure(setup: Setup, tmp_path: Path, role:
 def test_without_nft_the_client_works_with_one_warning_and_the_server_says_what_to_install(
     setup: Setup, tmp_path: Path
 ) -> None:
-    bin_dir = tmp_path / "bin"
+    bin_dir = tmp_path / "bin"  # with all that the scripts need
     bin_dir.mkdir()
-    for directory in os.environ["PATH"].split(":"):
-        for tool in Path(directory).glob("*"):
-            if tool.name not in {"nft", *(path.name for path in bin_dir.iterdir())}:
-                (bin_dir / tool.name).symlink_to(tool)
+    for tool in ("awk", "cat", "flock", "grep", "ip", "mkdir", "readlink", "rm", "sed", "sh"):
+        (bin_dir / tool).symlink_to(str(shutil.which(tool)))
     before = setup.machine.look()
     done = setup.script("client", "up", CLIENT, PATH=str(bin_dir))
     assert done.returncode == 0

@@ -1,0 +1,57 @@
+# make demo    see it work: real packets, two uplinks that fail, nothing touched outside namespaces of its own
+# make test    all tests
+# make check   format, lint, types, shell scripts, tests: what CI runs
+# make soak    the long forms of the slow proofs
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test check lint format soak clean demo-tools test-tools
+
+demo: demo-tools $(VENV)/.runs
+	@$(BIN)/mptunnel demo
+
+test: test-tools $(VENV)/.tests
+	$(PYTEST) -q
+
+check: test-tools $(VENV)/.tests lint
+	$(PYTEST) -q
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	shellcheck -s sh scripts/client.sh scripts/server.sh
+	shellcheck .ci/run
+
+format: $(VENV)/.tests
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+soak: test-tools $(VENV)/.tests
+	$(PYTEST) -q -m slow --override-ini addopts="--strict-markers --strict-config -ra"
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# What the system must bring. Root gets it installed where there is apt-get; anybody else is told what to install.
+demo-tools:
+	@sh tests/tools.sh ip:iproute2 nft:nftables
+
+test-tools:
+	@sh tests/tools.sh ip:iproute2 nft:nftables shellcheck:shellcheck wg:wireguard-tools wireguard-go:wireguard-go \
+		tcpdump:tcpdump ping:iputils-ping
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv here: on Debian 'apt-get install python3-venv'" >&2; exit 1; }
+
+$(VENV)/.runs: $(VENV)/bin/python pyproject.toml
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/bin/python pyproject.toml
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.runs
