@@ -1,7 +1,7 @@
 """The server's door: what is done with handshake messages of strangers before any product is computed for them.
 
-A message whose mac1 is wrong is dropped without a word. More than 200 messages a second that cost a product (or
-half of what a turn collects) mean load, for one second at least: then a message without a valid mac2 gets a cookie
+A message whose mac1 is wrong is dropped without a word. More than 200 messages a second that cost a product (or more
+in one turn than a turn takes) mean load, for one second at least: then a message without a valid mac2 gets a cookie
 reply and nothing else, and one with it goes through a token bucket of its source (20 a second, 5 at once; IPv6 by
 /64). A source that the bucket table (4,096 entries) has no room for is refused. Sources: WireGuard paper, 5.3; the
 kernel's ratelimiter.
@@ -88,8 +88,9 @@ class Door:
                 del self._buckets[key]
             if len(self._buckets) >= MAX_BUCKETS:
                 return False
-        self._buckets[site] = (max(0.0, tokens - 1), now)
-        return tokens >= 1
+        is_allowed = tokens >= 1
+        self._buckets[site] = (tokens - 1 if is_allowed else tokens, now)
+        return is_allowed
 
 
 def _source_bytes(source: Endpoint) -> bytes:

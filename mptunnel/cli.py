@@ -206,6 +206,7 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option(
     "Both", "--config", metavar="FILE", is_eager=True, callback=_load_file, help="Take options from this TOML file."
 )
+@_option("Both", "--offload/--no-offload", default=None, help="Let the kernel carry runs of packets (default: on).")
 @_option("Both", "--dry-run", is_flag=True, help="Print what would be done to the host, and do none of it.")
 @_option("Talk", "-v", "--verbose", is_flag=True, help="Tell every decision.")
 @_option("Talk", "-q", "--quiet", is_flag=True, help="Only warnings and errors.")
@@ -213,21 +214,20 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:
     """Run a redundant multipath tunnel: every packet over every path, the first copy wins."""
-    given = {name: value for name, value in options.items() if value not in (None, False, ())}
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     labels = {parameter.name or "": _label(ctx, parameter) for parameter in ctx.command.params}
     if "verbose" in given and "quiet" in given:
         raise click.UsageError(f"{labels['verbose']} and {labels['quiet']} exclude each other", ctx)
-    verbosity = bool(given.get("verbose")) - bool(given.get("quiet"))
-    _set_up_logging(verbosity)
+    _set_up_logging(bool(given.get("verbose")) - bool(given.get("quiet")))
     if ctx.invoked_subcommand is None:
-        _run_role(ctx, given, labels, verbosity)
+        _run_role(ctx, given, labels)
         return
     for name in given:
         if name not in _INHERITED and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{labels[name]} does not go with the command '{ctx.invoked_subcommand}'", ctx)
 
 
-def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str], verbosity: int) -> None:
+def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str]) -> None:
     """Be the server or a client until the clean stop."""
     import logging  # noqa: PLC0415
 

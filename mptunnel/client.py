@@ -31,10 +31,10 @@ from mptunnel.config import (
     key_short,
     spelling,
 )
-from mptunnel.errors import ConfigError, RefusedError, UnreachableError
+from mptunnel.errors import BadPacketError, ConfigError, RefusedError, UnreachableError
 from mptunnel.events import ClosePath, Endpoint, OpenPath, Resolve, RunScript, SaveState, Stop
-from mptunnel.messages import Address, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
-from mptunnel.packet import MIN_MTU, no_route6
+from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.packet import source as packet_source
 from mptunnel.path import ClientPath, PathState
 from mptunnel.register import Reply
@@ -106,6 +106,7 @@ class Client(Role):
         membership: Membership,
         servers: Sequence[IPAddress],
         *,
+        capabilities: Capability = Capability.MULTIPATH,
         reserved: int,
         kept: Sequence[tuple[IPAddress, IPAddress]],
         entropy: Callable[[int], bytes],
@@ -115,7 +116,16 @@ class Client(Role):
     ) -> None:
         token = membership.token
         key = token.join_private() if token else membership.private_key
-        super().__init__(key, "client/timestamp", reserved=reserved, entropy=entropy, rng=rng, now=now, wall=wall)
+        super().__init__(
+            key,
+            "client/timestamp",
+            capabilities=capabilities,
+            reserved=reserved,
+            entropy=entropy,
+            rng=rng,
+            now=now,
+            wall=wall,
+        )
         self._settings = settings
         self._membership = membership
         self._servers = list(servers)
@@ -138,8 +148,6 @@ class Client(Role):
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._tried_servers_at = now
         self._peer = self._new_peer(now)
-        if settings.wireguard is not None:
-            self._adopt_wireguard(settings.wireguard)
 
     def _new_peer(self, now: float) -> ServerPeer:
         settings, membership = self._settings, self._membership
@@ -169,12 +177,10 @@ class Client(Role):
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
-    def check_interfaces(self, links: Sequence[Link]) -> None:
-        """Raise ConfigError where `-i` does not say which interface is meant."""
-        self._uplinks.check(links)
-
     def links_changed(self, links: Sequence[Link], now: float) -> None:
         """This is how the host's links are now."""
+        if self._settings.wireguard is not None and self._tunnel is None:
+            self._adopt_wireguard(self._settings.wireguard)
         if tuple(links) != self._links:
             self._links = tuple(links)
             self._arrange(now)
@@ -211,11 +217,18 @@ class Client(Role):
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
-    def send(self, packets: Sequence[Buffer], now: float, inbox: list[Buffer]) -> None:
-        """Take IP packets from the device; answers of our own to some of them are appended to `inbox`."""
-        tunnel = self._tunnel
-        if tunnel is not None and not tunnel.ipv6_onward and any(packet[0] >> 4 == 6 for packet in packets):
-            packets = self._without_ipv6(packets, tunnel, inbox)
+    def send(self, frames: Sequence[memoryview], now: float, inbox: list[Buffer]) -> None:
+        """Take frames from the device; answers of our own to some of them are appended to `inbox`."""
+        tunnel, takes_partial = self._tunnel, self._peer.takes_partial
+        has_no_ipv6 = tunnel is not None and not tunnel.ipv6_onward
+        packets: list[Buffer] = []
+        for frame in frames:
+            if has_no_ipv6 and frame[VNET_SIZE] >> 4 == 6 and self._answers_ipv6(frame[VNET_SIZE:], inbox):
+                continue
+            try:
+                packets += split(frame, takes_partial=takes_partial)
+            except BadPacketError:
+                self.drops["malformed frame"] += 1
         if packets and self._membership.token is None:
             self._peer.send(packets, now, self._out)
 
@@ -486,19 +499,16 @@ class Client(Role):
         self._events.append(RunScript("up", values))
         log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 
-    def _without_ipv6(self, packets: Sequence[Buffer], tunnel: Tunnel, inbox: list[Buffer]) -> Sequence[Buffer]:
-        """Answer IPv6 packets that the server could not pass on; return the others."""
-        rest = []
-        for packet in packets:
-            is_for_server = len(packet) >= 40 and tunnel.peer6 is not None and packet[24:40] == tunnel.peer6.packed
-            if packet[0] >> 4 != 6 or is_for_server:
-                rest.append(packet)
-                continue
-            self.drops["IPv6 that the server cannot pass on"] += 1
-            answer = no_route6(packet, tunnel.peer6) if tunnel.peer6 and len(packet) >= 40 else None
-            if answer is not None:
-                inbox.append(answer)
-        return rest
+    def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
+        """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""
+        server = None if self._tunnel is None else self._tunnel.peer6
+        if server is None or len(packet) < IPV6_HEADER or packet[24:40] == server.packed:
+            return False
+        self.drops["IPv6 that the server cannot pass on"] += 1
+        answer = no_route6(packet, server)
+        if answer is not None:
+            inbox.append(answer)
+        return True
 
     # -- joining ---------------------------------------------------------------------------------------
 

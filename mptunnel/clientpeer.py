@@ -32,7 +32,7 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.packet import source as packet_source
-from mptunnel.path import LAST_RESORT, UNASKED_INTERVAL, PathState, ServerPath
+from mptunnel.path import LAST_RESORT, UNASKED_INTERVAL, Allowance, PathState, ServerPath
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
 from mptunnel.timers import INF, Timer
@@ -79,7 +79,8 @@ class ClientPeer(Peer):
         self._instance = instance
         self._clock_origin = clock_origin
         self._client_instance: int | None = None
-        self._hello_under = -1  # serial of the last session that said HELLO
+        self._hello_order = (-1, -1)  # session and counter of the newest HELLO
+        self._unbound_answers = Allowance()
 
     # -- sending ---------------------------------------------------------------------------------------
 
@@ -158,10 +159,10 @@ class ClientPeer(Peer):
         """See `Peer.receive`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
         super().receive(session, datagrams, size, source, now, inbox, out)
         if self.is_multipath and self.data_at == now and session is self.current:
-            silent_sessions = session.serial - self._hello_under
+            silent_sessions = session.serial - self._hello_order[0]
             if silent_sessions > 1 and now - session.created_at > HELLO_WITHIN:
                 log.info("%s says HELLO no more: taking it for a stock WireGuard peer", self.name)
-                self.is_multipath = False
+                self.is_multipath = self.takes_partial = False
                 self._forget_paths()
 
     def _control(
@@ -169,7 +170,7 @@ class ClientPeer(Peer):
     ) -> None:
         body = memoryview(plain)
         if plain[0] == Control.HELLO:
-            self._hello_received(session, messages.decode_hello_untrusted(body), source, now, out)
+            self._hello_received(session, counter, messages.decode_hello_untrusted(body), source, now, out)
             return
         if not self.is_multipath:
             self.identity.drops["control message before HELLO"] += 1
@@ -181,15 +182,21 @@ class ClientPeer(Peer):
             case Control.RESPONSE:
                 self._response_to_challenge(messages.decode_challenge_untrusted(body), source, now, out)
             case Control.CLOSE:
-                self._closed(messages.decode_close_untrusted(body))
+                self._closed(session, messages.decode_close_untrusted(body))
             case _:
                 self.identity.drops["unknown control message"] += 1
 
-    def _hello_received(self, session: Session, hello: Hello, source: Any, now: float, out: list[Transmit]) -> None:
-        self._hello_under = session.serial
+    def _hello_received(
+        self, session: Session, counter: int, hello: Hello, source: Any, now: float, out: list[Transmit]
+    ) -> None:
+        path, order = self.path_at(source), (session.serial, counter)
+        if session.serial < self._hello_order[0]:
+            self.identity.drops["HELLO not newer"] += 1  # of a run that has ended meanwhile
+            return
+        is_newest, self._hello_order = order > self._hello_order, max(order, self._hello_order)
         if hello.instance != self._client_instance:
             self._client_instance = hello.instance
-            self.is_multipath = False  # until this HELLO offers it too
+            self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts.restart()
         is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
@@ -201,14 +208,17 @@ class ClientPeer(Peer):
         elif not self.is_multipath and Capability.MULTIPATH in hello.capabilities:
             self.is_multipath = True
             self._widen()
-        if hello.mtu != self.tunnel_mtu:
+        if is_newest:
+            self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
+        if is_newest and hello.mtu != self.tunnel_mtu:
             self.tunnel_mtu = hello.mtu
             self.news.append(hello)
+        if not (self._unbound_answers.take(now) if path is None else path.may_answer(now)):
+            return
         answer = Hello(
-            is_answer=True, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=Capability.MULTIPATH,
+            is_answer=True, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.mtu, mode=0, paths=len(self._bound), serial=hello.serial,
         )  # fmt: skip
-        path = self.path_at(source)
         self._send_control(answer.encode(), source, path, now, out)
         self._send_control(self._address.encode(), source, path, now, out)
 
@@ -281,8 +291,10 @@ class ClientPeer(Peer):
         ).encode(size)  # fmt: skip
         self._send_control(plain, path.endpoint, path, now, out)
 
-    def _closed(self, close: Close) -> None:
+    def _closed(self, session: Session, close: Close) -> None:
         if close.path == WHOLE_SESSION:
+            if session.serial < self._hello_order[0]:
+                return  # of a run that has ended meanwhile
             if self._bound:
                 log.info("%s has left", self.name)
             self._forget_paths()

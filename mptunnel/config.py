@@ -190,6 +190,7 @@ class Settings:
     state_dir: Path = Path("/var/lib/mptunnel")
     run_dir: Path = Path("/run/mptunnel")
     dry_run: bool = False
+    offload: bool = True
 
     def __post_init__(self) -> None:
         instance_number(self.device)

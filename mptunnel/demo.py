@@ -62,8 +62,8 @@ def main(live: bool = True) -> int:
     Raises `Unavailable` where the kernel refuses namespaces, `HostError` where the program itself does not start.
     """
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(Lab(two_uplinks(seed=SEED)))
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-demo-")))
+        lab = stack.enter_context(Lab(two_uplinks(seed=SEED)))  # ends first, and with it who writes there
         teller = stack.enter_context(_teller(live=live))
         tunnel = Tunnel(lab, places)
         teller.say("server:  mptunnel -s")

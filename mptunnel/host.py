@@ -117,12 +117,15 @@ class Host:
             raise _failure(f"{self._script.name} {verb}", done.returncode, said, commands)
 
 
-def restore(run_dir: Path, device: str) -> None:
-    """Take back whatever a former run of this instance left, in either role. The caller holds the instance's lock."""
+def restore(run_dir: Path, device: str, script: Path | None = None) -> None:
+    """Take back whatever a former run of this instance left, in either role. The caller holds the instance's lock.
+
+    `script`: one of the user's own, which is asked first.
+    """
     failures = []
-    for role in ROLES:
+    for path in (*filter(None, [script]), *map(_bundled, ROLES)):
         try:
-            Host(_bundled(role), instance(run_dir, device)).run("down", {})
+            Host(path, instance(run_dir, device)).run("down", {})
         except HostError as error:
             failures.append(error)
     if failures:

@@ -92,7 +92,7 @@ class WireCounts:
     down: Counts
 
 
-class Lane:
+class Direction:
     """One direction of a wire, or both as one."""
 
     def __init__(self, lab: Lab, wire: str, lanes: tuple[str, ...]) -> None:
@@ -113,14 +113,14 @@ class Lane:
         self.set(is_cut=False)
 
 
-class Wire(Lane):
+class Wire(Direction):
     """What an uplink's packets pass between its router and the internet."""
 
     def __init__(self, lab: Lab, name: str) -> None:
         super().__init__(lab, name, ("up", "down"))
         self.name = name
-        self.up = Lane(lab, name, ("up",))
-        self.down = Lane(lab, name, ("down",))
+        self.up = Direction(lab, name, ("up",))
+        self.down = Direction(lab, name, ("down",))
 
     def counts(self) -> WireCounts:
         """Return what was counted since the lab began."""

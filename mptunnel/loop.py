@@ -40,6 +40,7 @@ from mptunnel.control import ControlServer, Pending
 from mptunnel.errors import ConfigError, HostError, MptunnelError
 from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
 from mptunnel.membership import find_membership
+from mptunnel.messages import Capability
 from mptunnel.server import Offer, Server
 from mptunnel.state import StateDir, hold_lock
 from mptunnel.tun import Tun
@@ -47,7 +48,7 @@ from mptunnel.uplinks import Uplinks
 from mptunnel.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mptunnel.config import ClientSettings, Link, ServerSettings, Settings
     from mptunnel.events import Event, Job
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READS_PER_TURN: Final = 64
+INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 LINKS_REVIEW: Final = 60.0  # and one could be missed
@@ -236,6 +238,19 @@ class Loop:
                 pending.finish(answer)
         self._role.job_done(job, result, moment)
 
+    def _sockets_in_use(self) -> Sequence[udp.Receiver]:
+        raise NotImplementedError
+
+    def _offload(self) -> dict[str, bool]:
+        """Which of the kernel's offloads are in use."""
+        sockets = self._sockets_in_use()
+        return {
+            "tcp_super_packets": self._tun.takes_tcp,
+            "udp_super_packets": self._tun.takes_udp,
+            "udp_segment": bool(sockets) and all(sock.sends_runs for sock in sockets),
+            "udp_gro": bool(sockets) and all(sock.receives_runs for sock in sockets),
+        }
+
     def finish(self) -> None:
         """Say goodbye to the peers, and let the worker end what it has begun."""
         moment = now()
@@ -254,7 +269,7 @@ class Loop:
     def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
         reply = self._role.control(verb, Fields(arguments, verb), now())
         if verb == "status":
-            return {**reply.result, "device": self._tun.name, "pid": os.getpid()}
+            return {**reply.result, "device": self._tun.name, "pid": os.getpid(), "offload": self._offload()}
         if reply.after is None:
             return reply.result
         pending = Pending()
@@ -274,18 +289,23 @@ class ServerLoop(Loop):
         self._socket = sock
         self._readers[sock.fileno()] = self._socket_ready
 
+    def _sockets_in_use(self) -> Sequence[udp.Receiver]:
+        return [self._socket]
+
     def _tun_ready(self, moment: float) -> None:
-        packets = self._read_tun()
-        if packets:
-            self._role.send(packets, moment)
+        frames = self._read_tun()
+        if frames:
+            self._role.send(frames, moment)
             self._send()
 
     def _socket_ready(self, moment: float) -> None:
         receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
         try:
             for _ in range(READS_PER_TURN):
-                datagram, source = receive()
-                take(datagram, max(1, len(datagram)), source, moment, inbox)
+                datagrams, size, source = receive()
+                take(datagrams, size, source, moment, inbox)
+                if len(inbox) >= INBOX:
+                    self._deliver()
         except BlockingIOError:
             pass
         except OSError as error:  # an ICMP message about some client: its affair
@@ -317,10 +337,13 @@ class ClientLoop(Loop):
         self._review_at = now() + LINKS_REVIEW
         self._is_looking = False
 
+    def _sockets_in_use(self) -> Sequence[udp.Receiver]:
+        return list(self._sockets.values())
+
     def _tun_ready(self, moment: float) -> None:
-        packets = self._read_tun()
-        if packets:
-            self._role.send(packets, moment, self._inbox)
+        frames = self._read_tun()
+        if frames:
+            self._role.send(frames, moment, self._inbox)
             self._send()
             self._deliver()
 
@@ -341,8 +364,10 @@ class ClientLoop(Loop):
         def ready(moment: float) -> None:
             try:
                 for _ in range(READS_PER_TURN):
-                    datagram = receive()
-                    take(datagram, max(1, len(datagram)), number, moment, inbox)
+                    datagrams, size = receive()
+                    take(datagrams, size, number, moment, inbox)
+                    if len(inbox) >= INBOX:
+                        self._deliver()
             except BlockingIOError:
                 pass
             except OSError as error:  # ICMP said something about this path: a hint, nothing else
@@ -364,7 +389,7 @@ class ClientLoop(Loop):
     def _open(self, event: OpenPath, moment: float) -> None:
         self._close(event.path)
         try:
-            sock = udp.PathSocket(event)
+            sock = udp.PathSocket(event, offload=self._settings.offload)
         except udp.PathError as error:
             self._role.path_failed(event.path, str(error), moment)
             return
@@ -431,9 +456,9 @@ def run_server(settings: ServerSettings) -> None:
         peers, tokens = state.peers(), state.tokens()
         network = _network_of(state, settings)
         reserved = state.timestamp("server")
-        sock = udp.ServerSocket(settings.port)
+        sock = udp.ServerSocket(settings.port, offload=settings.offload)
         stack.callback(sock.close)
-        tun = Tun(device, settings.mtu)
+        tun = Tun(device, settings.mtu, offload=settings.offload)
         stack.callback(tun.close)
         host.restore(settings.run_dir, device)
         links = netlink.snapshot()
@@ -445,6 +470,7 @@ def run_server(settings: ServerSettings) -> None:
             peers,
             tokens,
             offer,
+            capabilities=_capabilities(tun),
             reserved=reserved.reserved if reserved else 0,
             port=settings.port,
             entropy=os.urandom,
@@ -476,12 +502,16 @@ def run_client(settings: ClientSettings) -> None:
         settings, membership = find_membership(settings, state, log)
         reserved = state.timestamp("client")
         links = netlink.snapshot()
+        Uplinks(settings.interfaces).check(links)
         servers = _addresses_of(settings, membership)
+        tun = Tun(device, settings.mtu, offload=settings.offload)
+        stack.callback(tun.close)
         moment = now()
         role = Client(
             settings,
             membership,
             servers,
+            capabilities=_capabilities(tun),
             reserved=reserved.reserved if reserved else 0,
             kept=netlink.kept_connections(),
             entropy=os.urandom,
@@ -489,9 +519,6 @@ def run_client(settings: ClientSettings) -> None:
             now=moment,
             wall=time.time(),
         )
-        role.check_interfaces(links)
-        tun = Tun(device, settings.mtu)
-        stack.callback(tun.close)
         host.restore(settings.run_dir, device)
         _save_now(role, state, moment)
         stack.callback(host.restore, settings.run_dir, device)
@@ -499,6 +526,11 @@ def run_client(settings: ClientSettings) -> None:
         stack.callback(loop.finish)
         role.links_changed(links, now())
         loop.run()
+
+
+def _capabilities(tun: Tun) -> Capability:
+    """What our HELLO offers: partial checksums only where the device can finish them."""
+    return Capability.MULTIPATH | (Capability.PARTIAL_CHECKSUMS if tun.takes_tcp else Capability(0))
 
 
 def _host_of(role: str, settings: Settings) -> tuple[host.Host, str]:

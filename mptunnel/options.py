@@ -163,7 +163,7 @@ def read_file(path: Path, what: str) -> str:
 
 def _common(given: Given) -> dict[str, Any]:
     """Return the arguments of `Settings` that were given."""
-    values: dict[str, Any] = {name: given[name] for name in ("port", "mtu", "dry_run") if name in given}
+    values: dict[str, Any] = {name: given[name] for name in ("port", "mtu", "dry_run", "offload") if name in given}
     if "tun" in given:
         values["device"] = given["tun"]
     if "mode" in given:

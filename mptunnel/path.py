@@ -68,6 +68,22 @@ class PathState(enum.Enum):
     LAPSED = "lapsed"
 
 
+class Allowance:
+    """At most 256 answers in a second."""
+
+    __slots__ = ("_count", "_second")
+
+    def __init__(self) -> None:
+        self._second = self._count = 0
+
+    def take(self, now: float) -> bool:
+        """Whether one more may be sent in this second."""
+        if self._second != int(now):
+            self._second, self._count = int(now), 0
+        self._count += 1
+        return self._count <= MAX_ANSWERS
+
+
 class LossMeter:
     """Differences of a sender's count and our count, in total and over the last seconds."""
 
@@ -83,15 +99,22 @@ class LossMeter:
         """Both counts begin anew with the next ones; the totals stay."""
         self._last = None
 
+    def receiver_restarted(self) -> None:
+        """The receiver counts from 0 again: what it has not counted since is lost."""
+        if self._last is not None:
+            self._last = (self._last[0], 0)
+
     def count(self, sent: int, received: int, now: float) -> None:
         """The sender has counted `sent` datagrams so far (modulo 2^32), the receiver `received`."""
         if self._last is None:
             self._last = (sent, received)
         more_sent = (sent - self._last[0]) % _MOD32
+        more_received = (received - self._last[1]) % _MOD32
         if more_sent > _MOD32 // 2:
             return  # an older message that came late
-        more_received = min((received - self._last[1]) % _MOD32, _MOD32 // 2)
         self._last = (sent, received)
+        if more_received > _MOD32 // 2:
+            return  # the receiver has begun anew
         self.sent += more_sent
         self.lost += more_sent - more_received
         self._recent.append((now, self.sent, self.lost))
@@ -111,7 +134,7 @@ class Path:
     """What both sides keep of a path."""
 
     __slots__ = (
-        "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
+        "_answers", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
         "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes",
     )  # fmt: skip
 
@@ -129,6 +152,11 @@ class Path:
         self.loss_up = LossMeter()
         self.loss_down = LossMeter()
         self.errors: dict[str, int] = {}
+        self._answers = Allowance()
+
+    def may_answer(self, now: float) -> bool:
+        """Whether another message may be answered on this path in this second."""
+        return self._answers.take(now)
 
     def sent(self, count: int, size: int) -> None:
         """`count` datagrams, `size` bytes together, were handed to the kernel."""
@@ -177,9 +205,9 @@ class ClientPath(Path):
     """A path as its owner sees it: an interface, a socket, probes on their way."""
 
     __slots__ = (
-        "_bytes_since_probe", "_pending", "_seq", "address", "carries", "echoed", "heard_at", "interface", "is_open",
-        "last_probe_at", "min_rtt", "name", "port", "probe_at", "proof_tries", "queue", "seen_as", "silent_since",
-        "unanswered", "use",
+        "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
+        "heard_at", "interface", "is_open", "last_probe_at", "min_rtt", "name", "port", "probe_at", "proof_tries",
+        "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -200,7 +228,10 @@ class ClientPath(Path):
     def _restart_counts(self, now: float) -> None:
         self._seq = 0
         self._pending: dict[int, tuple[float, int, int]] = {}
+        self._answered = (0, 0)  # seq and ECHO number of the newest probe that was answered
+        self._was_challenged = False  # and has not been answered since
         self._bytes_since_probe = 0
+        self.was_padded = False  # the last probe
         self.echoed = 0  # highest ECHO number
         self.heard_at = -_INF  # when anything was heard here last
         self.unanswered = 0
@@ -265,6 +296,7 @@ class ClientPath(Path):
             del self._pending[next(iter(self._pending))]
         self._pending[self._seq] = (now, self.tx + 1, padded)
         self.unanswered += 1
+        self.was_padded = padded > 0
         if self.silent_since == _INF:
             self.silent_since = now
         self.last_probe_at = now
@@ -279,6 +311,10 @@ class ClientPath(Path):
     def record(self, now: float) -> Record:
         """What the probes on the other paths say of this one."""
         return Record(self.id, min(round((now - self.heard_at) * 1000), 0xFFFF) if self.echoed else 0xFFFF, self.echoed)
+
+    def challenged(self) -> None:
+        """The server asks whether we are at this address: it counts what it receives here only from now on."""
+        self._was_challenged = True
 
     def heard_unasked(self, number: int, now: float) -> None:
         """An unasked ECHO: its way down lives, which says nothing of its way up."""
@@ -305,7 +341,17 @@ class ClientPath(Path):
                 del self._pending[older]
         self.unanswered = 0
         self.silent_since = _INF
-        self.loss_up.count(our_tx, rx, now)
+        is_forgotten = seq > self._answered[0] and number <= self._answered[1]
+        if is_forgotten:  # the server has taken this path for dead meanwhile: it counts from 1 again
+            self.echoed = number
+            self.loss_up.receiver_restarted()
+            self.loss_down.restart()
+        self._answered = max(self._answered, (seq, number))
+        if is_forgotten or not self._was_challenged:
+            self.loss_up.count(our_tx, rx, now)
+        if self._was_challenged:  # what was under way at that moment has not been counted there
+            self._was_challenged = False
+            self.loss_up.restart()
         self.loss_down.count(tx, self.rx, now)
         return padded
 
@@ -329,7 +375,7 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_answers", "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "number",
+        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "number",
         "refreshed_at", "reported", "seq", "unasked_at", "use",
     )  # fmt: skip
 
@@ -349,7 +395,6 @@ class ServerPath(Path):
         self.unasked_at = _INF
         self.use = Use.DATA
         self._tx_at: deque[tuple[int, int]] = deque(maxlen=64)  # our `tx` at the newest ECHOs
-        self._answers = (0, 0)  # second, and ECHOs sent in it
 
     def is_newer(self, serial: int, counter: int) -> bool:
         """R2: only a probe of a later session, or of the same with a higher counter, counts; it is remembered."""
@@ -378,7 +423,9 @@ class ServerPath(Path):
         """The candidate has answered from its address: it is the path's endpoint from now on."""
         self.endpoint = candidate.endpoint
         self.candidate = None
+        self.loss_up.restart()
         self.adopt(candidate.probe, now)
+        self.loss_up.restart()  # what was under way before this moment has not been counted
 
     def adopt(self, probe: Probe, now: float) -> None:
         """Take over what a counted probe from the bound endpoint says."""
@@ -392,20 +439,13 @@ class ServerPath(Path):
         for number, tx in self._tx_at:
             if number == probe.echoed:
                 self.loss_down.count(tx, probe.rx, now)
+        self.reported = max(self.reported, min(probe.echoed, self.number))
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
         self.use = probe.use
         self.rtt = probe.rtt_us / 1e6 or None
         self._heard = now
         self.refresh(now)
-
-    def may_answer(self, now: float) -> bool:
-        """Whether another message may be answered on this path in this second."""
-        second, count = self._answers
-        if second != int(now):
-            second, count = int(now), 0
-        self._answers = (second, count + 1)
-        return count < MAX_ANSWERS
 
     def next_number(self) -> int:
         """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""

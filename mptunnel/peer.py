@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
-from mptunnel.messages import MACS_SIZE
-from mptunnel.packet import trim
+from mptunnel.messages import MACS_SIZE, Capability
+from mptunnel.packet import complete, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
@@ -85,7 +85,7 @@ class IndexTable:
 class Identity:
     """What all peers of one program share: our key, the index table, timestamps, randomness, counted drops."""
 
-    __slots__ = ("drops", "entropy", "indices", "key", "rng", "timestamps")
+    __slots__ = ("capabilities", "drops", "entropy", "indices", "key", "rng", "timestamps")
 
     def __init__(
         self,
@@ -94,7 +94,9 @@ class Identity:
         entropy: Callable[[int], bytes],
         rng: random.Random,
         drops: Counter[str],
+        capabilities: Capability = Capability.MULTIPATH,
     ) -> None:
+        self.capabilities = capabilities  # what our HELLOs offer
         self.key = key
         self.timestamps = timestamps
         self.entropy = entropy
@@ -104,7 +106,7 @@ class Identity:
 
     def with_key(self, key: noise.StaticKey) -> Identity:
         """Return the same for another key of ours, with an index table of its own."""
-        return Identity(key, self.timestamps, self.entropy, self.rng, self.drops)
+        return Identity(key, self.timestamps, self.entropy, self.rng, self.drops, self.capabilities)
 
 
 class Peer:
@@ -123,6 +125,7 @@ class Peer:
         self.initiation: noise.Initiation | None = None
         self.receipts = Receipts()
         self.is_multipath = False
+        self.takes_partial = False  # it knows partial checksums, by its newest HELLO
         self.window = NARROW_WINDOW
         self.endpoint: Any = None  # of a stock peer
         self.packets_sent = self.bytes_sent = 0
@@ -164,7 +167,9 @@ class Peer:
         limit = self.tunnel_mtu or self.mtu
         size = total = sealed_size(len(packets[start]), limit)
         count = 1
-        most = min(MAX_SEGMENTS, MAX_RUN // size, len(packets) - start)
+        most = min(MAX_SEGMENTS, len(packets) - start)
+        if most * size > MAX_RUN:  # two calls of about equal size, not a full one and a rest
+            most = -(-most // -(-most * size // MAX_RUN))
         while count < most:
             more = sealed_size(len(packets[start + count]), limit)
             if more > size:
@@ -195,7 +200,8 @@ class Peer:
         lost = len(self._staged) + len(packets) - MAX_STAGED
         if lost > 0:
             self.identity.drops["staged too long"] += lost
-        self._staged.extend(bytes(packet) for packet in packets)
+        whole = map(complete, packets) if self.takes_partial else packets  # who knows to whom they will go
+        self._staged.extend(bytes(packet) for packet in whole)
 
     def _flush(self, now: float, out: list[Transmit]) -> None:
         if self._staged:

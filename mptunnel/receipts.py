@@ -36,14 +36,15 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_base", "_gap", "_last_at", "_marks", "_newest", "first", "longest_gap", "lost", "missed", "packets",
-        "received", "saved",
+        "_count", "_gap", "_last_at", "_marks", "_newest", "_sessions", "first", "longest_gap", "lost", "missed",
+        "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, Session, int, int, float]] = deque()
         self._newest = (-1, -1)  # session and counter of the last mark
-        self._base: int | None = None  # the sender's count when ours began
+        self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
+        self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
         self._last_at = 0.0
         self._gap = 0.0
         self.packets = 0
@@ -60,7 +61,8 @@ class Receipts:
         if silence > max(_GAP, self._gap) and self._last_at:
             self._gap = silence
         self._last_at = now
-        if counters[0] <= session.settled:
+        self._sessions[session.serial] = session
+        if min(counters) <= session.settled:
             late = sum(counter <= session.settled for counter in counters)
             self.received += late
             self.lost = max(0, self.lost - late)
@@ -80,10 +82,15 @@ class Receipts:
         """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again."""
         while self._marks and (self._marks[0][0] <= now or _is_crowded(self._marks[0][1])):
             _, session, counter, packets, gap = self._marks.popleft()
+            for older in self._sessions.values():
+                if older.serial < session.serial:  # whose last data was sealed before this mark too
+                    self._settle_window(older, older.window.top, in_use)
             self._settle_window(session, counter, in_use)
-            if self._base is None:
-                self._base = packets - self.received
-            self.packets = (packets - self._base) % (1 << 32)
+            if self._count is None:
+                self.packets = self.received  # our account begins here
+            else:
+                self.packets += (packets - self._count) % (1 << 32)
+            self._count = packets
             lost = max(0, self.packets - self.received)
             if lost > self.lost:
                 self.longest_gap = max(self.longest_gap, gap)
@@ -101,12 +108,15 @@ class Receipts:
         }
 
     def restart(self) -> None:
-        """The sender counts from 0 again."""
+        """The sender counts from 0 again; what has come in so far belongs to the old account."""
+        for session in self._sessions.values():
+            session.settled = session.window.top
         self.__init__()  # type: ignore[misc]
 
     def retire(self, session: Session, in_use: int) -> None:
         """A session ends: account for what is left in its window, and forget its marks."""
         self._settle_window(session, session.window.top, in_use)
+        self._sessions.pop(session.serial, None)
         self._marks = deque(mark for mark in self._marks if mark[1] is not session)
 
     def _settle_window(self, session: Session, last: int, in_use: int) -> None:

@@ -25,6 +25,7 @@ from mptunnel.messages import (
     RESPONSE_SIZE,
     TRANSPORT,
     TRANSPORT_HEADER,
+    Capability,
 )
 from mptunnel.peer import Identity, Peer
 from mptunnel.session import same_headers
@@ -52,6 +53,7 @@ class Role:
         private_key: bytes,
         file: str,
         *,
+        capabilities: Capability,
         reserved: int,
         entropy: Callable[[int], bytes],
         rng: random.Random,
@@ -60,7 +62,7 @@ class Role:
     ) -> None:
         self.drops: Counter[str] = Counter()
         self.key = noise.StaticKey(private_key)
-        self.identity = Identity(self.key, noise.Timestamps(reserved), entropy, rng, self.drops)
+        self.identity = Identity(self.key, noise.Timestamps(reserved), entropy, rng, self.drops, capabilities)
         self._door = Door(self.key, entropy)
         self._file = file
         self._started_at = now

@@ -18,8 +18,8 @@ from mptunnel.clientpeer import ClientPeer, JoinPeer
 from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import RunScript, SaveState
-from mptunnel.messages import Address, CloseReason, Enrol, Enrolled, EnrolResult, Hello
-from mptunnel.packet import MIN_MTU, destination, trim
+from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.packet import MIN_MTU, VNET_SIZE, destination, split
 from mptunnel.register import Register, Reply
 from mptunnel.role import INF, Role
 
@@ -59,6 +59,7 @@ class Server(Role):
         tokens: list[TokenRecord],
         offer: Offer,
         *,
+        capabilities: Capability = Capability.MULTIPATH,
         reserved: int,
         port: int,
         entropy: Callable[[int], bytes],
@@ -68,7 +69,14 @@ class Server(Role):
     ) -> None:
         self.register = Register(network, peers, tokens, entropy, now=now, wall=wall)
         super().__init__(
-            private_key, "server/timestamp", reserved=reserved, entropy=entropy, rng=rng, now=now, wall=wall
+            private_key,
+            "server/timestamp",
+            capabilities=capabilities,
+            reserved=reserved,
+            entropy=entropy,
+            rng=rng,
+            now=now,
+            wall=wall,
         )
         self.network = network
         self.port = port
@@ -87,19 +95,29 @@ class Server(Role):
         super().wall_is(now, wall)
         self.register.offset = wall - now
 
-    def send(self, packets: Sequence[Buffer], now: float) -> None:
-        """Take IP packets from the device; consecutive packets to one client go there as a batch."""
-        at = 0
-        while at < len(packets):
-            end, peer = at + 1, self._peer_to(packets[at], now)
-            while end < len(packets) and _have_one_destination(packets[at], packets[end]):
-                end += 1
+    def send(self, frames: Sequence[memoryview], now: float) -> None:
+        """Take frames from the device; what consecutive ones hold for one client goes there as a batch."""
+        batch: list[Buffer] = []
+        peer: ClientPeer | None = None
+        for frame in frames:
+            to = self._peer_to(frame[VNET_SIZE:], now)
+            if to is not peer and batch and peer is not None:
+                self._send_batch(peer, batch, now)
+                batch = []
+            peer = to
             if peer is None:
-                self.drops["packet to nobody"] += end - at
-            else:
-                peer.send(packets[at:end], now, self._out)
-                self._attend(peer)
-            at = end
+                self.drops["packet to nobody"] += 1
+                continue
+            try:
+                batch += split(frame, takes_partial=peer.takes_partial)
+            except BadPacketError:
+                self.drops["malformed frame"] += 1
+        if batch and peer is not None:
+            self._send_batch(peer, batch, now)
+
+    def _send_batch(self, peer: ClientPeer, batch: list[Buffer], now: float) -> None:
+        peer.send(batch, now, self._out)
+        self._attend(peer)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
@@ -154,8 +172,8 @@ class Server(Role):
 
     def _peer_to(self, packet: Buffer, now: float) -> ClientPeer | None:
         try:
-            public = self.register.key_at(destination(trim(packet)))
-        except BadPacketError:
+            public = self.register.key_at(destination(packet))
+        except IndexError:
             return None
         return None if public is None else self._peer_of(public, now)
 
@@ -327,10 +345,3 @@ class Server(Role):
         peer = self._peers.get(record.public_key)
         idle = {"state": "never", "multipath": False, "session_age": None, "paths": []}
         return {**record.view(), **(idle if peer is None else peer.status(now))}
-
-
-def _have_one_destination(packet: Buffer, other: Buffer) -> bool:
-    try:
-        return destination(packet) == destination(trim(other))
-    except BadPacketError:
-        return False

@@ -306,7 +306,7 @@ class ServerPeer(Peer):
             return
         self._hellos += 1
         plain = Hello(
-            is_answer=False, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=Capability.MULTIPATH,
+            is_answer=False, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.tunnel_mtu, mode=0, paths=len(self._open_paths()),
             serial=self._hello_serial,
         ).encode()  # fmt: skip
@@ -338,6 +338,7 @@ class ServerPeer(Peer):
         if Capability.MULTIPATH in hello.capabilities and not self.is_multipath:
             self.is_multipath = self.is_ours = True
             self._widen()
+        self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
         self.mtu = min(self.mtu, hello.mtu or MIN_MTU)
         self.news.append(hello)
         self._probe_soon(now)
@@ -371,7 +372,7 @@ class ServerPeer(Peer):
             case Control.ADDRESS:
                 self.news.append(messages.decode_address_untrusted(body))
             case Control.CLOSE:
-                self._closed(messages.decode_close_untrusted(body), now, out)
+                self._closed(session, messages.decode_close_untrusted(body), now, out)
             case _:
                 self.identity.drops["unknown control message"] += 1
 
@@ -407,8 +408,8 @@ class ServerPeer(Peer):
             path.carries = proven
             self._consider_mtu(now)
 
-    def _closed(self, close: Close, now: float, out: list[Transmit]) -> None:
-        if close.path != WHOLE_SESSION or self._is_closed:
+    def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
+        if close.path != WHOLE_SESSION or self._is_closed or session is not self.current:
             return
         self._is_closed = True
         self.news.append(close)
@@ -475,7 +476,7 @@ class ServerPeer(Peer):
         patience = max(DEAF_AFTER, 3 * rtt)
         if not self.in_use(now):
             patience = max(patience, 3 * FOLLOW_UP)
-        if now - max(self._echoed_at, max(asked)) > patience and max(asked) < INF:
+        if now - max(self._echoed_at, *asked) > patience and max(asked) < INF:
             if self._silent_from == INF:
                 self._silent_from = now
             self._want_handshake(now, out)

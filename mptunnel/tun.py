@@ -1,8 +1,12 @@
-"""The TUN device: made by python-pytun, or by the two ioctls behind it where that has no wheel.
+"""The TUN device: made by python-pytun, or by the ioctl behind it where that has no wheel.
 
 The device is not persistent: it, its addresses and every route by it go when the process goes. Packets are read and
 written on its descriptor directly, without the four bytes of packet information and without a copy into a new object
-(python-pytun's own `read` and `write` allocate and take only bytes). Source: Documentation/networking/tuntap.rst.
+(python-pytun's own `read` and `write` allocate and take only bytes).
+
+With IFF_VNET_HDR and TUNSETOFFLOAD one call carries a super-packet of up to 64 KB (see `packet`). Where the kernel
+refuses, in whole or for UDP, it is done without; frames look the same then, their header all zeros.
+Sources: Documentation/networking/tuntap.rst; linux/if_tun.h.
 """
 
 from __future__ import annotations
@@ -15,63 +19,95 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
+from mptunnel.packet import VNET_SIZE, coalesce, single
 
 if TYPE_CHECKING:
-    from mptunnel.packet import Buffer
+    from collections.abc import Sequence
+
+    from mptunnel.packet import Buffer, Frame
 
 CLONE_DEVICE: Final = "/dev/net/tun"
 MAX_FD: Final = 1024  # select() takes none above
-BATCH: Final = 64  # packets read in one turn
+BATCH: Final = 64  # frames read in one turn
+BATCH_BYTES: Final = 128 << 10  # no more are read after so many bytes
 _IFF_TUN = 0x0001
 _IFF_NO_PI = 0x1000
+_IFF_VNET_HDR = 0x4000
 _TUNSETIFF = 0x400454CA
+_TUNSETOFFLOAD = 0x400454D0
+_F_TCP = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, TSO4, TSO6, TSO_ECN
+_F_UDP = 0x20 | 0x40  # TUN_F_USO4, USO6 (Linux 6.2)
 _IFREQ = struct.Struct("16sH22x")
 _SLACK = 512  # an administrator may raise the MTU behind our back
+_LARGEST = 65535 + VNET_SIZE
 
 
 class Tun:
-    """The open device. `read` returns views into buffers that the next `read` uses again."""
+    """The open device. `read` returns views into buffers that the next `read` uses again.
 
-    def __init__(self, name: str, mtu: int) -> None:
+    `takes_tcp`, `takes_udp`: super-packets of that kind pass both ways; with `takes_tcp` partial checksums do too.
+    """
+
+    def __init__(self, name: str, mtu: int, *, offload: bool = True) -> None:
         """Make the device `name`. Raises NotPermittedError, ConfigError where it is in use, or HostError."""
         self.name = name
-        self._device, self._fd = _open(name)
+        self._device, self._fd, has_header = _open(name, offload=offload)
+        self.takes_tcp, self.takes_udp = _set_offload(self._fd) if has_header else (False, False)
         if self._fd >= MAX_FD:
             self.close()
             raise HostError(f"cannot use {name}: {MAX_FD} files are open already, and select() takes no more")
         os.set_inheritable(self._fd, False)
         os.set_blocking(self._fd, False)
-        size = max(2048, mtu + _SLACK)
-        self._buffers = [[memoryview(bytearray(size))] for _ in range(BATCH)]
+        size = _LARGEST if self.takes_tcp else max(2048, mtu + _SLACK) + VNET_SIZE
+        self._skipped = 0 if has_header else VNET_SIZE  # no header from the kernel: the zeros in front stand for it
+        self._buffers = [memoryview(bytearray(size)) for _ in range(BATCH)]
+        self._targets = [[buffer[self._skipped :]] for buffer in self._buffers]
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
         return self._fd
 
     def read(self) -> list[memoryview]:
-        """Return the IP packets that wait, 64 at most. Raises OSError if the device has gone."""
-        packets: list[memoryview] = []
-        fd, readv = self._fd, os.readv
+        """Return the frames that wait, 64 at most. Raises OSError if the device has gone."""
+        frames: list[memoryview] = []
+        fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
-            for buffers in self._buffers:
-                length = readv(fd, buffers)
-                packets.append(buffers[0][:length])
+            for buffer, target in zip(self._buffers, self._targets, strict=True):
+                length = readv(fd, target) + skipped
+                frames.append(buffer[:length])
+                total += length
+                if total > BATCH_BYTES:
+                    break
         except BlockingIOError:
             pass
         except OSError as error:
             if error.errno != errno.EIO:  # EIO: the device is down
                 raise
-        return packets
+        return frames
 
-    def write(self, packets: list[Buffer]) -> int:
-        """Hand IP packets to the kernel; return how many it did not take."""
-        fd, write, refused = self._fd, os.write, 0
-        for packet in packets:
-            try:
-                write(fd, packet)
-            except OSError:  # down, out of memory, or not a packet that it likes: it alone is lost
-                refused += 1
+    def write(self, packets: Sequence[Buffer]) -> int:
+        """Hand IP packets to the kernel, together where it takes them so; return how many it did not take."""
+        if self._skipped:
+            return sum(not self._takes([packet]) for packet in packets)
+        if len(packets) == 1:
+            return int(not self._takes(single(packets[0])))
+        if not self.takes_tcp:
+            return sum(not self._takes(single(packet)) for packet in packets)
+        at = refused = 0
+        for frame, count in coalesce(packets, takes_udp=self.takes_udp):
+            if not self._takes(frame):
+                again = packets[at : at + count] if count > 1 else ()
+                refused += sum(not self._takes(single(packet)) for packet in again) if again else 1
+            at += count
         return refused
+
+    def _takes(self, frame: Frame) -> bool:
+        """Whether the kernel takes a frame: not while the device is down, nor what it does not like the look of."""
+        try:
+            os.writev(self._fd, frame)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Give the device back; the kernel removes it."""
@@ -82,16 +118,36 @@ class Tun:
                 os.close(self._fd)
 
 
-def _open(name: str) -> tuple[Any, int]:
-    """Return the object that owns the device (None: nobody) and its descriptor."""
+def _open(name: str, *, offload: bool) -> tuple[Any, int, bool]:
+    """Return the object that owns the device (None: nobody), its descriptor, and whether frames have a header."""
+    flags = _IFF_TUN | _IFF_NO_PI
+    if offload:
+        try:
+            return *_open_with(name, flags | _IFF_VNET_HDR), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise _refusal(name, error) from None
     try:
-        pytun = _pytun()
-        if pytun is None:
-            return None, _open_by_ioctl(name)
-        device = pytun.TunTapDevice(name=name, flags=pytun.IFF_TUN | pytun.IFF_NO_PI)
-        return device, device.fileno()
+        return *_open_with(name, flags), False
     except OSError as error:
         raise _refusal(name, error) from None
+
+
+def _open_with(name: str, flags: int) -> tuple[Any, int]:
+    pytun = _pytun()
+    if pytun is None:
+        return None, _open_by_ioctl(name, flags)
+    device = pytun.TunTapDevice(name=name, flags=flags)
+    return device, device.fileno()
+
+
+def _set_offload(fd: int) -> tuple[bool, bool]:
+    """Ask for super-packets; return whether TCP and UDP ones are granted."""
+    for wish, granted in ((_F_TCP | _F_UDP, (True, True)), (_F_TCP, (True, False))):
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, wish)
+            return granted
+    return False, False
 
 
 def _pytun() -> Any:
@@ -102,10 +158,10 @@ def _pytun() -> Any:
     return pytun
 
 
-def _open_by_ioctl(name: str) -> int:
+def _open_by_ioctl(name: str, flags: int) -> int:
     fd = os.open(CLONE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode("ascii"), _IFF_TUN | _IFF_NO_PI))
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode("ascii"), flags))
     except OSError:
         os.close(fd)
         raise

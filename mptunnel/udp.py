@@ -3,18 +3,23 @@
 A path's socket is bound to its interface and its address and connected to the server: it leaves by that interface
 whatever the routing table says, and the kernel drops what comes from elsewhere. The server's socket serves both IP
 versions and answers from the address it was asked on. None ever blocks; none fragments, nor believes an ICMP message
-about the path's MTU (IP_PMTUDISC_PROBE). Sources: ip(7), ipv6(7), udp(7), socket(7).
+about the path's MTU (IP_PMTUDISC_PROBE).
+
+A run of datagrams of one size goes to the kernel in one call (UDP_SEGMENT) and comes from it in one (UDP_GRO). If the
+kernel or the interface refuses that form, a run is sent singly; only a failing single send says something about a path.
+Sources: ip(7), ipv6(7), udp(7), socket(7), linux/udp.h.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
 from mptunnel.events import Endpoint
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from mptunnel.events import OpenPath
 
     IPAddress = IPv4Address | IPv6Address
+
+log = logging.getLogger(__name__)
 
 MAX_FD: Final = 1024  # select() takes none above
 BUFFER: Final = 8 << 20
@@ -34,6 +41,12 @@ _IP_PKTINFO = 8
 _SO_RXQ_OVFL = 40
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
+_SOL_UDP = 17
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+_SIZE = struct.Struct("=H")
+_GRO_SIZE = struct.Struct("=i")
+_NOT_SO = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})  # this form is not to be had here
 _PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
 _PKTINFO6 = struct.Struct("=16sI")  # destination, interface
 _DROPS = struct.Struct("=I")
@@ -47,7 +60,7 @@ class PathError(Exception):
 class Receiver:
     """What both kinds of socket do: a buffer to receive into, and the kernel's count of what did not fit its queue."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, offload: bool) -> None:
         if sock.fileno() >= MAX_FD:
             sock.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -57,6 +70,12 @@ class Receiver:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
+        self.sends_runs = offload and _probe_segmentation(sock)
+        self.receives_runs = False
+        if offload:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+                self.receives_runs = True
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
@@ -66,39 +85,60 @@ class Receiver:
         """Close the socket."""
         self._socket.close()
 
-    def _note_overruns(self, level: int, kind: int, data: bytes) -> bool:
-        if level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
-            (self.overruns,) = _DROPS.unpack_from(data)
-            return True
-        return False
+    def _note_overruns(self, data: bytes) -> None:
+        (self.overruns,) = _DROPS.unpack_from(data)
+
+    def _send_run(self, data: bytes | memoryview, size: int, ancillary: list[Any], *to: Any) -> bool:
+        """Whether a run went out in one call; if not, it is to be sent singly. Raises OSError if that is no use."""
+        try:
+            self._socket.sendmsg([data], [*ancillary, (_SOL_UDP, _UDP_SEGMENT, _SIZE.pack(size))], 0, *to)
+        except OSError as error:
+            if error.errno in _NOT_SO:
+                self.sends_runs = False
+                log.info("no UDP segmentation offload here: %s", os.strerror(error.errno or 0).lower())
+                return False
+            if error.errno in _PENDING or error.errno == errno.EMSGSIZE:
+                return False
+            raise
+        return True
 
 
 class PathSocket(Receiver):
     """A client's way to the server over one interface."""
 
-    def __init__(self, wish: OpenPath) -> None:
+    def __init__(self, wish: OpenPath, *, offload: bool = True) -> None:
         """Open it. Raises PathError."""
         try:
             sock = _open_path(wish)
         except OSError as error:
             raise PathError(_why_not(wish, error)) from None
         try:
-            super().__init__(sock)
+            super().__init__(sock, offload=offload)
         except OSError as error:
             sock.close()
             raise PathError(_why_not(wish, error)) from None
         self.port: int = sock.getsockname()[1]
 
-    def receive(self) -> memoryview:
-        """Return the next datagram, in a buffer that is used again. Raises OSError."""
+    def receive(self) -> tuple[memoryview, int]:
+        """Return the next run of datagrams, in a buffer that is used again, and their size. Raises OSError."""
         length, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
-        for level, kind, data in ancillary:
-            self._note_overruns(level, kind, data)
-        return self._buffer[:length]
+        size = length
+        for _, kind, data in ancillary:
+            if kind == _UDP_GRO:
+                (size,) = _GRO_SIZE.unpack_from(data)
+            elif kind == _SO_RXQ_OVFL:
+                self._note_overruns(data)
+        return self._buffer[:length], size
 
     def send(self, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
         send, refused, why = self._socket.send, 0, ""
+        if size < len(data) and self.sends_runs:
+            try:
+                if self._send_run(data, size, []):
+                    return 0, ""
+            except OSError as error:
+                return -(-len(data) // size), _name(error)
         for at in range(0, len(data), size):
             datagram = data[at : at + size]
             try:
@@ -107,7 +147,7 @@ class PathSocket(Receiver):
                 if error.errno in _PENDING and self._sends_now(datagram):
                     continue
                 refused += 1
-                why = errno.errorcode.get(error.errno or 0, str(error.errno))
+                why = _name(error)
         return refused, why
 
     def _sends_now(self, datagram: bytes | memoryview) -> bool:
@@ -122,28 +162,30 @@ class PathSocket(Receiver):
 class ServerSocket(Receiver):
     """The server's one socket."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, offload: bool = True) -> None:
         """Listen on every address. Raises ConfigError for a port in use, NotPermittedError or HostError."""
         try:
             sock, self.has_ipv6 = _listen(port)
         except OSError as error:
             raise _port_refusal(port, error) from None
-        super().__init__(sock)
+        super().__init__(sock, offload=offload)
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
 
-    def receive(self) -> tuple[memoryview, Endpoint]:
-        """Return the next datagram, in a buffer that is used again, and where it came from. Raises OSError."""
+    def receive(self) -> tuple[memoryview, int, Endpoint]:
+        """Return the next run, in a buffer that is used again, its datagrams' size and source. Raises OSError."""
         length, ancillary, _, address = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
-        local = b""
+        local, size = b"", length
         for level, kind, data in ancillary:
             if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
                 local = _local6(data)
             elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
                 local = _PKTINFO4.unpack_from(data)[1]
-            else:
-                self._note_overruns(level, kind, data)
+            elif level == _SOL_UDP and kind == _UDP_GRO:
+                (size,) = _GRO_SIZE.unpack_from(data)
+            elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+                self._note_overruns(data)
         scope = address[3] if len(address) > 3 else 0
-        return self._buffer[:length], Endpoint(address[0], address[1], scope, local)
+        return self._buffer[:length], size, Endpoint(address[0], address[1], scope, local)
 
     def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
@@ -155,12 +197,18 @@ class ServerSocket(Receiver):
             address = (to.host, to.port)
             ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, to.local, bytes(4)))]
         refused, why = 0, ""
+        if size < len(data) and self.sends_runs:
+            try:
+                if self._send_run(data, size, ancillary, address):
+                    return 0, ""
+            except OSError as error:
+                return -(-len(data) // size), _name(error)
         for at in range(0, len(data), size):
             try:
                 self._socket.sendmsg([data[at : at + size]], ancillary, 0, address)
             except OSError as error:
                 refused += 1
-                why = errno.errorcode.get(error.errno or 0, str(error.errno))
+                why = _name(error)
         return refused, why
 
 
@@ -226,6 +274,19 @@ def _listen(port: int) -> tuple[socket.socket, bool]:
         sock.close()
         raise
     return sock, False
+
+
+def _probe_segmentation(sock: socket.socket) -> bool:
+    """Whether the kernel knows UDP_SEGMENT; 0 leaves it off but for the calls that ask for it."""
+    try:
+        sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 def _never_fragment(sock: socket.socket, family: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -91,7 +92,7 @@ _HOLD = ["sh", "-c", "echo; exec cat >/dev/null"]
 _QUIET = ("accept_dad=0", "router_solicitations=0", "addr_gen_mode=1")  # no address of the kernel's own, no waiting
 
 # All that may be seen of a machine and that no time changes.
-_LOOK = r"""
+LOOK = r"""
 for what in 'addr' '-4 route show table all' '-6 route show table all' '-4 rule' '-6 rule'; do
     echo "== ip $what"; ip -j $what | sed 's/},{/},\n{/g'
 done
@@ -144,7 +145,10 @@ with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
     while True:
         data, source = s.recvfrom(65536)
         print(source[0].removeprefix("::ffff:"), source[1], data.hex(), flush=True)
-        s.sendto(data, source)
+        try:
+            s.sendto(data, source)
+        except OSError:  # no way back
+            pass
 """
 
 
@@ -203,6 +207,7 @@ class Machine:
 
     def __init__(self, beside: Machine | None = None) -> None:
         self._programs: list[Program] = []
+        self._holder: subprocess.Popen[bytes]
         self._user = beside is None or "--user" in beside.enter
         inside = ["unshare", "--user", "--map-root-user"] if beside is None else [*beside.enter, "unshare"]
         if not self._hold([*inside, "--net"]):
@@ -211,7 +216,7 @@ class Machine:
                 raise OSError("neither 'unshare --user --net' nor, for root, 'unshare --net' is permitted")
         user = ["--user", "--preserve-credentials"] if self._user else []
         self.pid = self._holder.pid
-        self.enter = ["nsenter", f"--target={self.pid}", *user, "--net", "--"]
+        self.enter: list[str] = [shutil.which("nsenter") or "nsenter", f"--target={self.pid}", *user, "--net", "--"]
         self.sh("ip link set lo up")
         for setting in _QUIET:
             name, value = setting.split("=")
@@ -257,12 +262,12 @@ class Machine:
 
     def look(self) -> list[str]:
         """Return everything that can be seen of this machine."""
-        return self.sh(_LOOK).splitlines()
+        return self.sh(LOOK).splitlines()
 
     def wire(self, name: str, other: Machine, other_name: str) -> None:
         """Lay a cable: interface `name` here, `other_name` there, both up."""
-        self.sh(f"ip link add {name} type veth peer name {other_name} netns {other.pid}; ip link set {name} up")
-        other.sh(f"ip link set {other_name} up")
+        self.sh(f"ip link add {name} type veth peer name {other_name} netns {other.pid}; ip link set dev {name} up")
+        other.sh(f"ip link set dev {other_name} up")
 
     def start(self, source: str, *arguments: str) -> Program:
         program = Program(self, source, *arguments)

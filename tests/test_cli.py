@@ -37,7 +37,7 @@ from mptunnel.state import StateDir
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Runs = list[tuple[Any, int]]
+    Runs = list[Any]
 
 TOKEN = JoinToken(bytes(range(32)), bytes(16)).encode()
 CHECKOUT = Path(mptunnel.__file__).parent.parent
@@ -61,10 +61,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Stand in for the loop; return what it was asked to run."""
     asked: Runs = []
 
-    def take(settings: object, verbosity: int) -> None:
-        asked.append((settings, verbosity))
-
-    monkeypatch.setitem(sys.modules, "mptunnel.loop", SimpleNamespace(run_server=take, run_client=take))
+    monkeypatch.setitem(sys.modules, "mptunnel.loop", SimpleNamespace(run_server=asked.append, run_client=asked.append))
     monkeypatch.setattr(cli, "_has_net_admin", lambda: True)
     return asked
 
@@ -121,21 +118,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 def test_s_runs_the_server_and_nothing_else(runs: Runs) -> None:
     assert cli.run(["-s"]) == 0
-    assert runs == [(ServerSettings(), 0)]
+    assert runs == [ServerSettings()]
 
 
 def test_c_runs_the_client_over_the_given_interfaces(runs: Runs) -> None:
     assert cli.run(["-c", "Vpn.example:6000", "-i", "10.0.0.2", "-i", "wlan0", "-v"]) == 0
-    assert runs == [(ClientSettings(server="Vpn.example", port=6000, interfaces=("10.0.0.2", "wlan0")), 1)]
+    assert runs == [ClientSettings(server="Vpn.example", port=6000, interfaces=("10.0.0.2", "wlan0"))]
+    assert logging.getLogger("mptunnel").level == logging.DEBUG
 
 
 def test_an_ipv6_server_needs_no_brackets(runs: Runs) -> None:
-    assert cli.run(["-c", "2001:db8::1", "-q"]) == 0
+    assert cli.run(["-c", "2001:db8::1"]) == 0
     assert cli.run(["-c", "[2001:db8::1]:6000"]) == 0
-    assert [(settings.server, settings.port, verbosity) for settings, verbosity in runs] == [
-        ("2001:db8::1", 5000, -1),
-        ("2001:db8::1", 6000, 0),
-    ]
+    assert [(settings.server, settings.port) for settings in runs] == [("2001:db8::1", 5000), ("2001:db8::1", 6000)]
 
 
 def test_the_defaults_in_the_help_are_the_settings_own() -> None:
@@ -153,7 +148,7 @@ def test_command_line_beats_environment_beats_file(runs: Runs, tmp_path: Path, m
     monkeypatch.setenv("MPTUNNEL_PORT", "6002")
     monkeypatch.setenv("MPTUNNEL_MTU", "1302")
     assert cli.run(["--mtu", "1303"]) == 0
-    settings = runs[0][0]
+    settings = runs[0]
     assert (settings.port, settings.mtu, str(settings.network4)) == (6002, 1303, "10.1.0.0/24")
 
 
@@ -161,18 +156,18 @@ def test_interfaces_in_the_environment_are_separated_by_spaces(runs: Runs, monke
     monkeypatch.setenv("MPTUNNEL_CLIENT", "host")
     monkeypatch.setenv("MPTUNNEL_INTERFACE", "wlan0 10.0.0.2")
     assert cli.run([]) == 0
-    assert runs[0][0].interfaces == ("wlan0", "10.0.0.2")
+    assert runs[0].interfaces == ("wlan0", "10.0.0.2")
 
 
 def test_a_token_is_never_taken_from_the_environment(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPTUNNEL_JOIN", TOKEN)
     assert cli.run(["-c", "host"]) == 0
-    assert runs[0][0].join is None
+    assert runs[0].join is None
 
 
 def test_a_token_on_the_command_line_is_taken_with_a_warning(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["-c", "host", "--join", TOKEN]) == 0
-    assert runs[0][0].join == JoinToken.decode(TOKEN)
+    assert runs[0].join == JoinToken.decode(TOKEN)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "warning: the token on the command line can be seen" in err
@@ -190,6 +185,8 @@ def test_a_token_on_the_command_line_is_taken_with_a_warning(runs: Runs, capsys:
         (["-c", ""], "server '': neither a host's name nor an address"),
         (["-c", "x:70000"], "port '70000' is not a number from 1 to 65535"),
         (["-s", "-p", "70000"], "port 70000 is not a number"),
+        (["-s", "-p", "0"], "port 0 is not a number"),
+        (["-c", "x", "--idle-probe", "0"], "idle probe interval 0 s"),
         (["-s", "-p", "x"], "-p: 'x' is not a valid integer"),
         (["-s", "-t", "tun0"], "mpt0 to mpt31"),
         (["-s", "-v", "-q"], "-v and -q exclude each other"),

@@ -257,7 +257,7 @@ def test_where_namespaces_are_refused_the_demo_says_so(monkeypatch: pytest.Monke
 
 
 @pytest.mark.netns
-def test_the_whole_demo_holds_what_it_claims() -> None:
+def test_the_whole_demo_holds_what_it_claims_and_leaves_nothing(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(Lab())
@@ -272,6 +272,8 @@ def test_the_whole_demo_holds_what_it_claims() -> None:
         check=False,
         timeout=90,
         cwd=Path(demo.__file__).parents[1],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "verdict: held"
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +16,7 @@ from tests.machines import CLIENT, DEVICE, PATH, PATH6, PEER, SCRIPTS, SERVER, S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.netns
 

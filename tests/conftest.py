@@ -1,0 +1,34 @@
+"""Fixtures that several end-to-end tests share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.running import Maker, Opener, Tunnel, labs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+
+@pytest.fixture
+def open_lab() -> Iterator[Opener]:
+    """A function that opens labs for the time of the test."""
+    yield from labs()
+
+
+@pytest.fixture
+def make_tunnel(open_lab: Opener, tmp_path: Path) -> Iterator[Maker]:
+    """A function that makes a lab and the place for a tunnel in it; what its processes said is judged in the end."""
+    made: list[Tunnel] = []
+
+    def maker(**topology: object) -> Tunnel:
+        made.append(Tunnel(open_lab(**topology), tmp_path))
+        return made[-1]
+
+    yield maker
+    for tunnel in made:
+        tunnel.check_logs()
