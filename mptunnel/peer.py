@@ -443,10 +443,13 @@ class Peer:
 
     def forget_keys(self) -> None:
         """Drop every session and handshake at once."""
+        self._forget_sessions()
+        self._forget_initiation()
+
+    def _forget_sessions(self) -> None:
         for session in (self.previous, self.current, self.next):
             self._drop(session)
         self.previous = self.current = self.next = None
-        self._forget_initiation()
         self.timers.keys_zeroed()
 
     # -- time ------------------------------------------------------------------------------------------
@@ -473,7 +476,7 @@ class Peer:
                 log.debug("%s has been silent for 15 s: new handshake", self.name)
                 self._want_handshake(now, out)
             case Timer.ZERO_KEYS:
-                self.forget_keys()
+                self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
                 self._settle_at(self.receipts.settle(self._paths_in_use(), now))
             case _:

@@ -205,9 +205,10 @@ class Tunnel:
         return self.lab.run(role, ["sh", "-ec", LOOK]).splitlines()
 
     def check_logs(self) -> None:
-        """Fail where a process of ours had a bug, or spoke of an error that ended nothing."""
+        """Print all logs, for who has to find out; fail where a process of ours had a bug, or spoke of an error."""
         for path in self.places.glob("*.log"):
             text = path.read_text(errors="replace")
+            print(f"-- {path.name}\n{text}")  # noqa: T201
             assert "Traceback" not in text, text
             assert " error: " not in text, text
 

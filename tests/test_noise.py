@@ -111,8 +111,7 @@ def test_transport_datagrams_are_those_of_the_vectors() -> None:
         "233a5f5be211591600a9e13645a95352fb2473c738b749337b800c2966488153"
     )
     assert responder.seal(b"").hex() == "04000000443322110000000000000000debc5ce8db9dfbdcc00a210e42229c06"
-    opened = responder.open(memoryview(keepalive + data), 32, None, 0.0)
-    assert (opened.plain, opened.bad) == ([b""], 1)  # sizes differ: the loop never makes such a run
+    assert responder.open(memoryview(keepalive), len(keepalive), None, 0.0).plain == [b""]
     assert responder.open(memoryview(data), len(data), None, 0.0).plain == [b"\x45\0\0\x14" + bytes(28)]
 
 

@@ -111,7 +111,7 @@ def test_faults_of_one_path_at_a_time_lose_nothing(seed: int, plan: list[tuple[i
     assert traffic.is_whole()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10_000))
 def test_no_packet_is_delivered_twice_or_altered_whatever_the_faults(seed: int) -> None:
     rng = random.Random(seed)
@@ -148,10 +148,11 @@ def test_no_packet_is_delivered_twice_or_altered_whatever_the_faults(seed: int) 
         net.restart_client,
         net.restart_server,
     ]
-    for _ in range(20):
-        net.after(rng.uniform(0, 140), rng.choice(events))
+    net.run(80.0)
+    for _ in range(12):
+        net.after(rng.uniform(0, 60), rng.choice(events))
     traffic = Traffic(net, rate=20)
-    traffic.run(140, rest=2)
+    traffic.run(60.0)
     traffic.arrived("up")
     traffic.arrived("down")
 
@@ -159,19 +160,22 @@ def test_no_packet_is_delivered_twice_or_altered_whatever_the_faults(seed: int) 
 @pytest.mark.parametrize("skew", [0.0, 0.6])
 def test_a_rekey_every_120_s_under_load_loses_nothing(skew: float) -> None:
     net = running(Wire(delay=0.02, loss_up=0.3, loss_down=0.3), Wire(delay=0.02 + skew))
-    traffic = Traffic(net, rate=100)
-    traffic.run(250.0)
+    traffic = Traffic(net, rate=1)
+    for rekey in (120.0, 240.0):
+        net.run(rekey - 4.0 - (net.now - 1000.0))
+        traffic = Traffic(net, rate=100)
+        traffic.run(12.0)
+        assert traffic.is_whole()  # what the fast path lost around a rekey came by the slow one, under the old keys
     assert net.peer.current is not None
     assert net.peer.current.serial == 3
-    assert traffic.is_whole()  # what the fast path lost around a rekey came by the slow one, under the old keys
 
 
 @pytest.mark.parametrize("loss", [0.05, 0.2])
 def test_what_is_lost_is_the_product_of_the_losses(loss: float) -> None:
     net = running(Wire(loss_up=loss, loss_down=loss), Wire(delay=0.03, loss_up=loss, loss_down=loss), seed=9)
     traffic = Traffic(net, rate=1000)
-    traffic.run(10.0)
-    expected = 10_000 * loss * loss
+    traffic.run(5.0)
+    expected = 5000 * loss * loss
     for side in ("up", "down"):
         assert abs(traffic.lost(side) - expected) < 4.5 * math.sqrt(expected)
 

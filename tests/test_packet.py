@@ -1,0 +1,120 @@
+"""IP packets: their bounds, their addresses, and the one answer we give ourselves."""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mptunnel.errors import BadPacketError
+from mptunnel.packet import checksum, destination, no_route6, source, trim
+
+OWN = IPv6Address("fd00::1")
+
+
+def ipv4(payload: bytes = b"", options: int = 0, sender: str = "10.0.1.2", receiver: str = "192.0.2.1") -> bytes:
+    head = struct.pack(">BBHHHBBH", 0x45 + options, 0, 20 + 4 * options + len(payload), 0, 0, 64, 17, 0)
+    return head + IPv4Address(sender).packed + IPv4Address(receiver).packed + bytes(4 * options) + payload
+
+
+def ipv6(payload: bytes = b"", kind: int = 17, sender: str = "fd00::2", receiver: str = "2001:db8::1") -> bytes:
+    head = struct.pack(">IHBB", 6 << 28, len(payload), kind, 64)
+    return head + IPv6Address(sender).packed + IPv6Address(receiver).packed + payload
+
+
+def plain_checksum(data: bytes) -> int:
+    """Return the internet checksum as RFC 1071 describes it, word by word."""
+    total = 0
+    for at in range(0, len(data), 2):
+        total += int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big")
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+@given(st.binary(max_size=100), st.integers(0, 10), st.integers(0, 40))
+def test_the_padding_behind_a_packet_is_cut_off(payload: bytes, options: int, padding: int) -> None:
+    for packet in (ipv4(payload, options), ipv6(payload)):
+        assert trim(packet + bytes(padding)) == packet
+        view = memoryview(packet + bytes(padding))
+        assert bytes(trim(view)) == packet
+
+
+@given(st.binary(max_size=100))
+@example(b"")
+@example(b"\x45")
+@example(b"\x60")
+def test_any_bytes_are_a_packet_or_refused(junk: bytes) -> None:
+    try:
+        packet = trim(junk)
+    except BadPacketError:
+        return
+    assert packet == junk[: len(packet)]
+    assert len(source(packet)) == len(destination(packet)) in {4, 16}
+
+
+def test_packets_that_lie_about_their_length_are_refused() -> None:
+    whole4, whole6 = ipv4(b"payload"), ipv6(b"payload")
+    for bad in (
+        whole4[:-1], whole6[:-1], whole4[:19], whole6[:39],
+        b"\x44" + whole4[1:],  # a header of 16 bytes
+        b"\x4f" + whole4[1:],  # a header longer than the packet
+        whole4[:2] + (19).to_bytes(2, "big") + whole4[4:],
+        b"\x55" + whole4[1:], b"\x05" + whole4[1:], b"\x70" + whole6[1:], b"",
+    ):  # fmt: skip
+        with pytest.raises(BadPacketError):
+            trim(bad)
+
+
+@given(st.ip_addresses(v=4), st.ip_addresses(v=4), st.ip_addresses(v=6), st.ip_addresses(v=6))
+def test_addresses_are_where_they_stand(
+    from4: IPv4Address, to4: IPv4Address, from6: IPv6Address, to6: IPv6Address
+) -> None:
+    for packet, sender, receiver in (
+        (ipv4(sender=str(from4), receiver=str(to4)), from4, to4),
+        (ipv6(sender=str(from6), receiver=str(to6)), from6, to6),
+    ):
+        assert (source(packet), destination(packet)) == (sender.packed, receiver.packed)
+        assert (source(memoryview(packet)), destination(memoryview(packet))) == (sender.packed, receiver.packed)
+
+
+@given(st.binary(max_size=200) | st.integers(0, 60).map(lambda n: b"\xff" * n) | st.integers(0, 60).map(bytes))
+@example(bytes.fromhex("0001f203f4f5f6f7"))
+def test_the_checksum_is_that_of_rfc_1071(data: bytes) -> None:
+    assert checksum(data) == plain_checksum(data)
+    assert checksum(memoryview(data)) == plain_checksum(data)
+
+
+def test_the_checksum_of_the_example_in_rfc_1071() -> None:
+    assert checksum(bytes.fromhex("0001f203f4f5f6f7")) == 0xDDF2 ^ 0xFFFF
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 1192, 1193, 1232, 1380])
+def test_no_route_is_answered_by_a_sound_icmpv6_error(length: int) -> None:
+    packet = ipv6(bytes(range(256)) * 6, sender="fd00::2")[: 40 + length]
+    answer = no_route6(packet, OWN)
+    assert answer is not None
+    version, size, kind, hops = struct.unpack_from(">IHBB", answer)
+    assert (version >> 28, size, kind, hops) == (6, len(answer) - 40, 58, 64)
+    assert (source(answer), destination(answer)) == (OWN.packed, IPv6Address("fd00::2").packed)
+    body = answer[40:]
+    assert body[:2] == bytes((1, 0))
+    assert body[4:8] == bytes(4)
+    assert body[8:] == packet[: 1280 - 48]
+    assert len(answer) <= 1280
+    assert trim(answer) == answer
+    pseudo = OWN.packed + IPv6Address("fd00::2").packed + struct.pack(">II", len(body), 58)
+    assert plain_checksum(pseudo + body) == 0  # a sum that contains its own checksum is all ones
+
+
+def test_no_error_is_sent_about_errors_groups_and_nobody() -> None:
+    unreachable, ping = bytes((1, 0)) + bytes(6), bytes((128, 0)) + bytes(6)
+    assert no_route6(ipv6(unreachable, kind=58), OWN) is None
+    assert no_route6(ipv6(bytes((127, 0)) + bytes(6), kind=58), OWN) is None
+    assert no_route6(ipv6(ping, kind=58), OWN) is not None
+    assert no_route6(ipv6(receiver="ff02::1"), OWN) is None
+    assert no_route6(ipv6(sender="ff02::1"), OWN) is None
+    assert no_route6(ipv6(sender="::"), OWN) is None
+    assert no_route6(ipv6(), OWN) is not None
