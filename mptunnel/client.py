@@ -146,6 +146,7 @@ class Client(Role):
         self._joined: ServerRecord | None = None  # what is being saved
         self._resolve_at = now + (RESOLVE_EVERY if servers else RESOLVE_AGAIN)
         self._join_until = now + JOIN_PATIENCE if token else INF
+        self._join_failure: RefusedError | None = None  # why we gave up joining, if it is not that nobody answered
         self._tried_servers_at = now
         self._peer = self._new_peer(now)
 
@@ -251,7 +252,7 @@ class Client(Role):
         self._after(self._peer, now)
         if now >= self._join_until:
             self._join_until = INF
-            self._events.append(Stop(self._unreachable()))
+            self._events.append(Stop(self._join_failure or self._unreachable()))
         if any(at <= now for at in self._reopen_at.values()):
             self._arrange(now)
         if now >= self._resolve_at:
@@ -285,10 +286,12 @@ class Client(Role):
             if path is None or path.name != uplink.name:
                 path = self.paths[number] = ClientPath(number, uplink.name, now)
             if way is None:
+                is_told = number in self._ways  # `_close_path` tells of those that were there
                 self._close_path(path, now)
                 if uplink.name not in self._missing:
                     self._missing.add(uplink.name)
-                    self._tell_missing(path)
+                    if not is_told:
+                        self._tell_missing(path)
             else:
                 self._missing.discard(uplink.name)
                 self._open_path(path, way, now)
@@ -515,6 +518,13 @@ class Client(Role):
     def _enrolled(self, enrolled: Enrolled) -> None:
         if self._membership.token is None or self._joined is not None:
             return
+        if enrolled.result == EnrolResult.TRY_AGAIN:
+            if self._join_failure is None:
+                log.warning("%s cannot save that we join; trying again", self._membership_name())
+                why = "could not save that we join, for a minute; its log says why"
+                self._join_failure = RefusedError(f"{self._membership_name()} {why}")
+                self._join_until = self._started_at + 4 * JOIN_PATIENCE
+            return
         self._join_until = INF
         if enrolled.result == EnrolResult.ADMITTED:
             record = self._membership.record
@@ -522,9 +532,6 @@ class Client(Role):
             record.joined = True
             self._joined = record
             self._save_record(record)
-        elif enrolled.result == EnrolResult.TRY_AGAIN:
-            log.warning("%s cannot save that we join; trying again", self._membership_name())
-            self._join_until = self._started_at + 4 * JOIN_PATIENCE
         else:
             why = _REFUSALS.get(enrolled.result, "for a reason that we do not know")
             self._events.append(Stop(RefusedError(f"{self._membership_name()} refused us: {why}")))

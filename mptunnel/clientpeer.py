@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IN_USE: Final = 10.0
+UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
 HELLO_WITHIN: Final = 3.0  # of a session in which data comes: else the client is a stock peer now
 
 
@@ -88,26 +89,32 @@ class ClientPeer(Peer):
         if not self.is_multipath:
             return [] if self.endpoint is None else [(None, self.endpoint, count)]
         carriers = self._carriers(now)
-        chosen = self._scheduler.choose(count, size, carriers)
-        for path, given in chosen:
-            if path.state is PathState.IDLE:
-                path.idle_room -= given * size
-        return [(path, path.endpoint, given) for path, given in chosen]
+        chosen = []
+        for path, given in self._scheduler.choose(count, size, carriers):
+            fits = given
+            if path.state is PathState.IDLE:  # not a byte beyond what R5 allows; the rest waits for a probe
+                fits = min(given, path.idle_room // size)
+                path.idle_room -= fits * size
+            if fits:
+                chosen.append((path, path.endpoint, fits))
+        return chosen
 
     def _carriers(self, now: float) -> list[ServerPath]:
         """Return the paths that may carry data now, by R5 and by what the client wants them for."""
-        live: list[ServerPath] = []
-        bound = [path for path in self.paths.values() if path.endpoint is not None]
-        for path in bound:
+        data: list[ServerPath] = []
+        standby: list[ServerPath] = []
+        is_any_fresh = False
+        for path in self.paths.values():
             state = path.update(now)
-            if state is PathState.FRESH or (state is PathState.IDLE and path.idle_room > 0):
-                live.append(path)
-        data = [path for path in live if path.use is Use.DATA]
-        if any(path.state is PathState.FRESH for path in data):
+            if state is PathState.FRESH or state is PathState.IDLE:
+                if path.use is Use.DATA:
+                    data.append(path)
+                    is_any_fresh = is_any_fresh or state is PathState.FRESH
+                elif path.use is Use.STANDBY:
+                    standby.append(path)
+        if is_any_fresh:
             return data
-        return data + [path for path in live if path.use is Use.STANDBY] or [
-            path for path in bound if now - path.refreshed_at <= LAST_RESORT
-        ]
+        return data + standby or [path for path in self._bound.values() if now - path.refreshed_at <= LAST_RESORT]
 
     def _want_handshake(self, now: float, out: list[Transmit]) -> None:
         """1c: a client with several paths comes to us; a stock peer may be called where it was last."""
@@ -144,7 +151,11 @@ class ClientPeer(Peer):
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self.news.append(None)
-        self._flush(now, out)
+        if self.current is not None and self.current.is_initiator:  # we called a stock peer: it waits for a datagram
+            if self._staged:
+                self._flush(now, out)
+            else:
+                self._send_keepalive(now, out)
 
     def receive(
         self,
@@ -155,15 +166,19 @@ class ClientPeer(Peer):
         now: float,
         inbox: list[Buffer],
         out: list[Transmit],
-    ) -> None:
+    ) -> bool:
         """See `Peer.receive`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
-        super().receive(session, datagrams, size, source, now, inbox, out)
+        if not super().receive(session, datagrams, size, source, now, inbox, out):
+            return False
+        if self._staged and not self.is_multipath and self.heard_at == now:
+            self._flush(now, out)  # only now: had it said HELLO, nothing would go where no challenge was answered
         if self.is_multipath and self.data_at == now and session is self.current:
             silent_sessions = session.serial - self._hello_order[0]
             if silent_sessions > 1 and now - session.created_at > HELLO_WITHIN:
                 log.info("%s says HELLO no more: taking it for a stock WireGuard peer", self.name)
                 self.is_multipath = self.takes_partial = False
                 self._forget_paths()
+        return True
 
     def _control(
         self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
@@ -194,18 +209,18 @@ class ClientPeer(Peer):
             self.identity.drops["HELLO not newer"] += 1  # of a run that has ended meanwhile
             return
         is_newest, self._hello_order = order > self._hello_order, max(order, self._hello_order)
+        is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
         if hello.instance != self._client_instance:
             self._client_instance = hello.instance
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts.restart()
-        is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
-        if not is_compatible:
-            log.error(
-                "%s speaks version %d to %d of our control messages, we speak %d: one path only; update the older one",
-                self.name, hello.oldest, hello.version, PROTOCOL_VERSION,
-            )  # fmt: skip
-        elif not self.is_multipath and Capability.MULTIPATH in hello.capabilities:
+            if not is_compatible:
+                log.error(
+                    "%s speaks version %d to %d of our control messages, we speak %d: one path only; "
+                    "update the older one", self.name, hello.oldest, hello.version, PROTOCOL_VERSION,
+                )  # fmt: skip
+        if is_compatible and not self.is_multipath and Capability.MULTIPATH in hello.capabilities:
             self.is_multipath = True
             self._widen()
         if is_newest:
@@ -319,7 +334,10 @@ class ClientPeer(Peer):
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
-        return min(self.timers.next_deadline(), *(path.next_deadline() for path in self.paths.values()), INF)
+        due = self.timers.next_deadline()
+        for path in self.paths.values():
+            due = min(due, path.next_deadline())
+        return due
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
@@ -342,7 +360,7 @@ class ClientPeer(Peer):
             self._send_echo(path, None, now, now, 0, out)
             path.unasked_at = now + UNASKED_INTERVAL
         else:
-            path.unasked_at = INF
+            path.unasked_at = now + UNASKED_REVIEW
 
     # -- status ----------------------------------------------------------------------------------------
 

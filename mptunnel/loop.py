@@ -121,24 +121,27 @@ class Loop:
 
     def run_once(self) -> None:
         """Wait once, feed whatever is ready to the role, then drain the role."""
-        control = self._control
-        due = min(self._role.next_deadline(), self._own_deadline())
-        wait = min(max(0.0, due - now()), LONGEST_WAIT)
-        readers, writers = list(self._readers), []
+        due, own_due = self._role.next_deadline(), self._own_deadline()
+        wait = min(due, own_due) - now()
+        readers, writers, control = [*self._readers], [], self._control
         if control is not None:
             readers += control.readers()
             writers = control.writers()
-        ready, writable, _ = select.select(readers, writers, [], wait)
+        ready, writable, _ = select.select(readers, writers, [], min(max(0.0, wait), LONGEST_WAIT))
         moment = now()
-        for fd in (*ready, *writable):
+        for fd in ready:
             handler = self._readers.get(fd)
             if handler is not None:
                 handler(moment)
             elif control is not None:
                 control.ready(fd, moment)
+        for fd in writable:
+            if control is not None:
+                control.ready(fd, moment)
         self._role.finish_turn(moment)
-        self._own_work(moment)
-        if self._role.next_deadline() <= moment:
+        if own_due <= moment:
+            self._own_work(moment)
+        if due <= moment:  # what has become due in this turn is done in the next one, which comes at once
             self._role.handle_timeout(moment)
         self._drain(moment)
 
@@ -596,7 +599,7 @@ def _tell_first_line(settings: ServerSettings, links: tuple[Link, ...], token: s
         sys.stdout.write(f"\nOn the client run:\n\n    {client_line(server, token)}\n\n")
     else:
         path = settings.state_dir / "server" / "join-token"
-        sys.stdout.write(f"On the client run: {client_line(server, f'@{path.name}')}   (the token is in {path})\n")
+        sys.stdout.write(f"On the client run: {client_line(server, 'TOKEN')}   TOKEN is in {path}\n")
     if address is None:
         sys.stdout.write("SERVER is this host's public address or name; it has none itself.\n")
     sys.stdout.flush()

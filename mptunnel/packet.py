@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from mptunnel.errors import BadPacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
@@ -44,6 +44,7 @@ GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5
 GSO_ECN: Final = 0x80
+_KINDS = frozenset({GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4})
 MAX_SEGMENTS: Final = 64
 MAX_LENGTH: Final = 65535
 
@@ -121,7 +122,8 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
             return [_completed(packet, start, offset)]
         return [packet]
     kind &= ~GSO_ECN
-    if kind not in {GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4} or not size or len(packet) < start + _UDP_HEADER:
+    least = IPV4_HEADER if packet[0] >> 4 == 4 else IPV6_HEADER
+    if kind not in _KINDS or not size or start < least or len(packet) < start + _UDP_HEADER:
         raise BadPacketError(f"super-packet of kind {kind} with segments of {size} bytes")
     is_tcp = kind != GSO_UDP_L4
     if is_tcp and len(packet) < start + _TCP_HEADER:
@@ -138,95 +140,125 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
 
 def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
     head = bytearray(packet[:body])
-    flags, protocol = head[start + 13], TCP
-    (sequence,) = _U32.unpack_from(head, start + 4)
-    length = len(packet)
+    flags = head[start + 13]
     last = body + (count - 1) * size
-    full = body + size - start  # of a segment's TCP part
-    pieces: list[Buffer] = []
-    heads = _heads(head, start)
-    _U16.pack_into(head, start + _TCP_CHECK, _pseudo_sum(head, protocol, full))
-    for number, at in enumerate(range(body, length, size)):
-        if number == 0:
-            head[start + 13] = flags & ~_ENDS if count > 1 else flags
-        elif number == 1:
-            head[start + 13] = flags & ~(_ENDS | _CWR)
-        if at == last:
-            if number:
-                head[start + 13] = flags & ~_CWR
-            _U16.pack_into(head, start + _TCP_CHECK, _pseudo_sum(head, protocol, body - start + length - at))
-            heads.resize(body + length - at)
-        elif not number:
-            heads.resize(body + size)
-        heads.number(number)
-        _U32.pack_into(head, start + 4, (sequence + number * size) & 0xFFFFFFFF)
-        pieces.append(b"".join((head, packet[at : at + size])))
+    if count == 1:
+        return [_tcp_segment(head, packet[body:], start, 0, size, flags)]
+    pieces: list[Buffer] = [_tcp_segment(head, packet[body : body + size], start, 0, size, flags & ~_ENDS)]
+    if count > 2:
+        middle = _middle(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size)
+        join = b"".join
+        pieces += [
+            join((middle(number), packet[at : at + size]))
+            for number, at in enumerate(range(body + size, last, size), 1)
+        ]
+    pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
     return pieces
+
+
+def _tcp_segment(head: bytearray, payload: memoryview, start: int, number: int, size: int, flags: int) -> bytes:
+    """Return segment `number` of a super-packet with this header, whole."""
+    own = _tcp_head(head, start, len(payload), flags)
+    sequence = _U32.unpack_from(head, start + 4)[0] + number * size
+    _U32.pack_into(own, start + 4, sequence & 0xFFFFFFFF)
+    _renumber(own, number)
+    return b"".join((own, payload))
+
+
+def _tcp_head(head: bytearray, start: int, size: int, flags: int) -> bytearray:
+    """Return the header of a segment with `size` bytes of payload; its number is still that of the first."""
+    own = bytearray(head)
+    own[start + 13] = flags
+    _U16.pack_into(own, start + _TCP_CHECK, _pseudo_sum(own, TCP, len(own) + size - start))
+    _resize(own, len(own) + size)
+    return own
 
 
 def _split_udp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
     head = bytearray(packet[:body])
-    length = len(packet)
     last = body + (count - 1) * size
-    pieces: list[Buffer] = []
-    heads = _heads(head, start)
-    for number, at in enumerate(range(body, length, size)):
-        if not number or at == last:
-            udp = _UDP_HEADER + min(size, length - at)
-            _U16.pack_into(head, start + 4, udp)
-            _U16.pack_into(head, start + _UDP_CHECK, _pseudo_sum(head, UDP, udp))
-            heads.resize(start + udp)
-        heads.number(number)
-        pieces.append(b"".join((head, packet[at : at + size])))
+    middle, join = _middle(_udp_head(head, start, size), start, UDP, size), b"".join
+    pieces: list[Buffer] = [
+        join((middle(number), packet[at : at + size])) for number, at in enumerate(range(body, last, size))
+    ]
+    own = _udp_head(head, start, len(packet) - last)
+    _renumber(own, count - 1)
+    pieces.append(join((own, packet[last:])))
     return pieces
 
 
-class _HeadsIPv4:
-    """Changes length, identification and checksum of an IPv4 header in place."""
-
-    __slots__ = ("_base", "_first", "_head", "_ihl")
-
-    def __init__(self, head: bytearray) -> None:
-        self._head = head
-        self._ihl = (head[0] & 15) * 4
-        (self._first,) = _U16.unpack_from(head, 4)
-        self._base = 0
-
-    def resize(self, length: int) -> None:
-        head = self._head
-        _U16.pack_into(head, 2, length)
-        head[4:6] = head[10:12] = b"\0\0"
-        self._base = int.from_bytes(head[: self._ihl], "big") % 0xFFFF
-
-    def number(self, number: int) -> None:
-        ident = (self._first + number) & 0xFFFF
-        head = self._head
-        _U16.pack_into(head, 4, ident)
-        _U16.pack_into(head, 10, 0xFFFF - ((self._base + ident) % 0xFFFF or 0xFFFF))
+def _udp_head(head: bytearray, start: int, size: int) -> bytearray:
+    own = bytearray(head)
+    _U16.pack_into(own, start + 4, _UDP_HEADER + size)
+    _U16.pack_into(own, start + _UDP_CHECK, _pseudo_sum(own, UDP, _UDP_HEADER + size))
+    _resize(own, len(own) + size)
+    return own
 
 
-class _HeadsIPv6:
-    """Changes the length of an IPv6 header in place."""
-
-    __slots__ = ("_head",)
-
-    def __init__(self, head: bytearray) -> None:
-        self._head = head
-
-    def resize(self, length: int) -> None:
-        _U16.pack_into(self._head, 4, length - IPV6_HEADER)
-
-    def number(self, number: int) -> None:
-        """There is no identification."""
-
-
-def _heads(head: bytearray, start: int) -> _HeadsIPv4 | _HeadsIPv6:
+def _resize(head: bytearray, length: int) -> None:
+    """Write the length of the whole packet into an IP header."""
     version = head[0] >> 4
-    if version == 4 and start >= IPV4_HEADER:
-        return _HeadsIPv4(head)
-    if version == 6 and start >= IPV6_HEADER:
-        return _HeadsIPv6(head)
-    raise BadPacketError(f"super-packet of IP version {version}")
+    if version == 4:
+        _U16.pack_into(head, 2, length)
+        _renumber(head, 0)
+    elif version == 6:
+        _U16.pack_into(head, 4, length - IPV6_HEADER)
+    else:
+        raise BadPacketError(f"super-packet of IP version {version}")
+
+
+def _renumber(head: bytearray, number: int) -> None:
+    """Advance an IPv4 header's identification, and write its checksum anew. IPv6 has neither."""
+    if head[0] >> 4 == 4:
+        ident = (_U16.unpack_from(head, 4)[0] + number) & 0xFFFF
+        _U16.pack_into(head, 4, ident)
+        head[10:12] = b"\0\0"
+        _U16.pack_into(head, 10, checksum(head[: (head[0] & 15) * 4]))
+
+
+def _middle(head: bytearray, start: int, protocol: int, size: int) -> Callable[[int], bytes]:
+    """Return what makes the header of segment `number`, given that of segment 0; one call of pack each."""
+    is_tcp = protocol == TCP
+    (sequence,) = _U32.unpack_from(head, start + 4) if is_tcp else (0,)
+    rest = bytes(head[start + 8 :])
+    if head[0] >> 4 == 6:
+        before = bytes(head[: start + 4])
+        if not is_tcp:
+            whole = bytes(head)
+            return lambda _: whole
+        return lambda number: before + _U32.pack((sequence + number * size) & 0xFFFFFFFF) + rest
+    (ident,) = _U16.unpack_from(head, 4)
+    length, fixed, ports = bytes(head[:4]), bytes(head[6:10]), bytes(head[12 : start + 4])
+    bare = bytearray(head[: (head[0] & 15) * 4])
+    bare[4:6] = bare[10:12] = b"\0\0"
+    base = int.from_bytes(bare, "big") % 0xFFFF
+    if not is_tcp:
+        rest = bytes(head[start + 4 :])
+        pack = _udp4(len(ports), len(rest))
+
+        def make_udp(number: int) -> bytes:
+            own = (ident + number) & 0xFFFF
+            return pack(length, own, fixed, 0xFFFF - ((base + own) % 0xFFFF or 0xFFFF), ports, rest)
+
+        return make_udp
+    pack = _tcp4(len(ports), len(rest))
+
+    def make_tcp(number: int) -> bytes:
+        own = (ident + number) & 0xFFFF
+        check = 0xFFFF - ((base + own) % 0xFFFF or 0xFFFF)
+        return pack(length, own, fixed, check, ports, (sequence + number * size) & 0xFFFFFFFF, rest)
+
+    return make_tcp
+
+
+@lru_cache(maxsize=64)
+def _tcp4(ports: int, rest: int) -> Callable[..., bytes]:
+    return struct.Struct(f">4sH4sH{ports}sI{rest}s").pack
+
+
+@lru_cache(maxsize=64)
+def _udp4(ports: int, rest: int) -> Callable[..., bytes]:
+    return struct.Struct(f">4sH4sH{ports}s{rest}s").pack
 
 
 def complete(packet: Buffer) -> Buffer:
@@ -319,12 +351,18 @@ def _run(packets: Sequence[Buffer], at: int, end: int, protocol: int, start: int
     size = len(first) - body
     if size <= 0 or not _check_is_fine(first, protocol, start):
         return 1
-    expected = _Successor(bytes(first[:body]), protocol, start, size)
+    head = bytearray(first[:body])
     length, number = len(first), 1
     limit = min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)
+    check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
+    is_full = first[check] << 8 | first[check + 1] != _pseudo_sum(first, protocol, length - start)
+    middle = _middle(head, start, protocol, size)
     while number < limit:
         packet = packets[at + number]
-        ends = expected.is_followed_by(packet, number, length)
+        if len(packet) == length and not is_full and packet[:body] == middle(number):
+            number += 1
+            continue
+        ends = _is_next(packet, bytearray(middle(number)), body, start, protocol, is_full=is_full, length=length)
         if ends is None:
             break
         number += 1
@@ -333,55 +371,31 @@ def _run(packets: Sequence[Buffer], at: int, end: int, protocol: int, start: int
     return number
 
 
-class _Successor:
-    """Recognizes the packet that `split` would put behind the ones so far."""
+def _is_next(
+    packet: Buffer, expected: bytearray, body: int, start: int, protocol: int, *, is_full: bool, length: int
+) -> bool | None:
+    """Whether `packet`, expected to begin so, is the last of a run; None if it does not belong to it.
 
-    __slots__ = ("_body", "_head", "_is_full", "_protocol", "_size", "_start", "_tail", "_values")
-
-    def __init__(self, head: bytes, protocol: int, start: int, size: int) -> None:
-        self._head = bytearray(head)
-        self._protocol = protocol
-        self._start = start
-        self._body = len(head)
-        self._size = size
-        check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
-        pseudo = _pseudo_sum(head, protocol, len(head) + size - start)
-        self._is_full = _U16.unpack_from(head, check)[0] != pseudo
-        self._values = _heads(self._head, start)
-        self._values.resize(len(head) + size)
-        self._tail = _U32.unpack_from(head, start + 4)[0] if protocol == TCP else 0
-
-    def is_followed_by(self, packet: Buffer, number: int, length: int) -> bool | None:
-        """Whether `packet` comes next and is the last one; None if it does not come next."""
-        head, start, body = self._head, self._start, self._body
-        is_short = len(packet) != length
-        if len(packet) > length or len(packet) <= body:
-            return None
-        if is_short:
-            self._values.resize(len(packet))
-        self._values.number(number)
-        is_last = is_short
-        if self._protocol == TCP:
-            _U32.pack_into(head, start + 4, (self._tail + number * self._size) & 0xFFFFFFFF)
-            flags = packet[start + 13]
-            if flags & _ENDS:
-                is_last = True
-                before, head[start + 13] = head[start + 13], flags
-                if flags & ~_ENDS != before:
-                    return None
-            check = start + _TCP_CHECK
-        else:
-            _U16.pack_into(head, start + 4, len(packet) - start)
-            check = start + _UDP_CHECK
-        if self._is_full:
-            head[check : check + 2] = packet[check : check + 2]
-        elif is_short:
-            _U16.pack_into(head, check, _pseudo_sum(head, self._protocol, len(packet) - start))
-        if bytes(packet[:body]) != head:
-            return None
-        if self._is_full and not _check_is_fine(packet, self._protocol, start):
-            return None
-        return is_last
+    The last one may be shorter, and may bear FIN and PSH.
+    """
+    if not body < len(packet) <= length:
+        return None
+    is_last = len(packet) < length
+    if is_last:
+        if protocol == UDP:
+            _U16.pack_into(expected, start + 4, len(packet) - start)
+        _resize(expected, len(packet))
+    if protocol == TCP and packet[start + 13] & _ENDS:
+        is_last = True
+        expected[start + 13] |= packet[start + 13] & _ENDS
+    check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
+    if is_full:
+        expected[check : check + 2] = packet[check : check + 2]
+    else:
+        _U16.pack_into(expected, check, _pseudo_sum(expected, protocol, len(packet) - start))
+    if packet[:body] != expected or (is_full and not _check_is_fine(packet, protocol, start)):
+        return None
+    return is_last
 
 
 def _check_is_fine(packet: Buffer, protocol: int, start: int) -> bool:
@@ -416,9 +430,7 @@ def _super(packets: Sequence[Buffer], protocol: int, start: int) -> Frame:
         _U16.pack_into(head, start + 4, length - start)
     offset = _TCP_CHECK if is_tcp else _UDP_CHECK
     _U16.pack_into(head, start + offset, _pseudo_sum(head, protocol, length - start))
-    heads = _heads(head, start)
-    heads.resize(length)
-    heads.number(0)
+    _resize(head, length)
     kind = GSO_UDP_L4 if not is_tcp else GSO_TCPV4 if head[0] >> 4 == 4 else GSO_TCPV6
     return [VNET.pack(NEEDS_CSUM, kind, body, len(first) - body, start, offset), head, *payloads]
 

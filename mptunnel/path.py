@@ -341,14 +341,14 @@ class ClientPath(Path):
                 del self._pending[older]
         self.unanswered = 0
         self.silent_since = _INF
-        is_forgotten = seq > self._answered[0] and number <= self._answered[1]
-        if is_forgotten:  # the server has taken this path for dead meanwhile: it counts from 1 again
-            self.echoed = number
+        if seq > self._answered[0] and number <= self._answered[1]:
+            self.echoed = number  # the server had forgotten this path, and counts from 1 again
             self.loss_up.receiver_restarted()
+            self.loss_up.count(our_tx - 1, rx, now)  # this probe arrived
             self.loss_down.restart()
-        self._answered = max(self._answered, (seq, number))
-        if is_forgotten or not self._was_challenged:
+        elif not self._was_challenged:
             self.loss_up.count(our_tx, rx, now)
+        self._answered = max(self._answered, (seq, number))
         if self._was_challenged:  # what was under way at that moment has not been counted there
             self._was_challenged = False
             self.loss_up.restart()

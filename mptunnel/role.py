@@ -123,8 +123,8 @@ class Role:
                     self.drops["unknown index"] += -(-len(run) // size)
                     return
                 peer = owner[0]
-                peer.receive(owner[1], run, size, source, now, inbox, self._out)
-                self._after(peer, now)
+                if peer.receive(owner[1], run, size, source, now, inbox, self._out):
+                    self._after(peer, now)
                 return
         for at in range(0, max(1, len(run)), size):
             self._collect(run[at : at + size], source)

@@ -34,6 +34,8 @@ class Redundant:
 
         If none had room, the first one gets all: nothing is lost before it has been tried.
         """
+        if all(carrier.room is None for carrier in carriers):
+            return [(carrier, count) for carrier in carriers]
         chosen = []
         for carrier in carriers:
             room = carrier.room

@@ -87,6 +87,7 @@ class Server(Role):
         self._order = count()
         self._unsaved: dict[int, tuple[JoinPeer, Enrolled, Endpoint]] = {}
         self._binding: set[bytes] = set()  # tokens whose binding is being saved
+        self._are_peers_unsaved = False  # the last attempt failed
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
@@ -156,10 +157,14 @@ class Server(Role):
             log.warning("cannot save %s: %s; the tunnel goes on, but a restart would not know of it", job.name, result)
         if job.name == self._file and isinstance(job.document, dict):
             self.identity.timestamps.reserved(job.document["reserved"])
-        if id(job) in self._unsaved:
+        if job.name == "server/peers":
+            self._are_peers_unsaved = failed
+        if id(job) in self._unsaved:  # the tokens, which are saved right after the peers
             joiner, enrolled, source = self._unsaved.pop(id(job))
             self._binding.discard(joiner.remote.public)
-            answer = Enrolled(EnrolResult.TRY_AGAIN, enrolled.public_key, noise.NO_PSK) if failed else enrolled
+            answer = Enrolled(EnrolResult.TRY_AGAIN, enrolled.public_key, noise.NO_PSK)
+            if not (failed or self._are_peers_unsaved):
+                answer = enrolled
             joiner.answer(answer, source, now, self._out)
 
     def close(self, now: float) -> None:

@@ -37,6 +37,7 @@ from mptunnel.messages import (
     Echo,
     Enrol,
     Enrolled,
+    EnrolResult,
     Hello,
     Use,
 )
@@ -67,6 +68,7 @@ log = logging.getLogger(__name__)
 
 IN_USE: Final = 10.0
 MAX_HELLOS: Final = 20
+MAX_ENROLS: Final = 3  # unanswered under one session: the server may have been restarted, and know it no longer
 DEAF_AFTER: Final = 0.75
 ANSWERED_SPACING: Final = 1.0
 FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
@@ -122,6 +124,7 @@ class ServerPeer(Peer):
         self._hello_serial = 1
         self._hellos = 0
         self._hello_is_answered = False
+        self._enrols = 0
         self._single = 0  # the path in use towards a server that is not known to take copies
         self._is_closed = False  # the server has said that it stops
         if is_ours:
@@ -186,26 +189,31 @@ class ServerPeer(Peer):
         now: float,
         inbox: list[Buffer],
         out: list[Transmit],
-    ) -> None:
+    ) -> bool:
         """See `Peer.receive`; the first packets after a pause also make every path known again."""
         was_idle = not self.in_use(now)
-        super().receive(session, datagrams, size, source, now, inbox, out)
+        is_new = super().receive(session, datagrams, size, source, now, inbox, out)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
+        return is_new
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _carriers(self, now: float) -> list[ClientPath]:
-        paths = self._open_paths()
         if not (self.is_multipath or self.is_ours):
-            return [path for path in paths if path.id == self._single_path()]
-        wanted = [path for path in paths if path.use is Use.DATA and not path.is_silent(now)]
-        standby = [path for path in paths if path.use is Use.STANDBY and not path.is_silent(now)]
-        if any(path.state is PathState.UP for path in wanted):
-            return wanted
-        return wanted + standby or paths
+            single = self._single_path()
+            return [path for path in self._open_paths() if path.id == single]
+        wanted, standby, is_any_up = [], [], False
+        for path in self.paths.values():
+            if path.is_open and not path.is_silent(now):
+                if path.use is Use.DATA:
+                    wanted.append(path)
+                    is_any_up = is_any_up or path.state is PathState.UP
+                elif path.use is Use.STANDBY:
+                    standby.append(path)
+        return wanted if is_any_up else wanted + standby or self._open_paths()
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if self.is_multipath or self.is_ours:
@@ -275,6 +283,7 @@ class ServerPeer(Peer):
         self._echoed_at = now
         self._is_closed = False
         if self._enrol is not None:
+            self._enrols = 0
             self._send_enrol(now, out)
             return
         self._hellos = 0
@@ -348,6 +357,9 @@ class ServerPeer(Peer):
             for way in self._handshake_ways(now):
                 self._send_control(self._enrol.encode(), way, self.paths[way], now, out)
             self.timers.at(Timer.ENROL, now + ENROL_INTERVAL)
+            self._enrols += 1
+            if self._enrols > MAX_ENROLS:
+                self._want_handshake(now, out)
 
     # -- control messages ------------------------------------------------------------------------------
 
@@ -357,8 +369,11 @@ class ServerPeer(Peer):
         kind, body = plain[0], memoryview(plain)
         if self._enrol is not None:
             if kind == Control.ENROLLED:
-                self.timers.stop(Timer.ENROL)
-                self.news.append(messages.decode_enrolled_untrusted(body))
+                enrolled = messages.decode_enrolled_untrusted(body)
+                if enrolled.result != EnrolResult.TRY_AGAIN:
+                    self.timers.stop(Timer.ENROL)
+                self._enrols = 0
+                self.news.append(enrolled)
             elif kind == Control.CLOSE:
                 self.news.append(messages.decode_close_untrusted(body))
             return
@@ -441,8 +456,10 @@ class ServerPeer(Peer):
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
         due = self.timers.next_deadline()
-        if self.speaks and self.current is not None:
-            due = min(due, *(path.probe_at for path in self._open_paths()), INF)
+        if self.current is not None and self.speaks:
+            for path in self.paths.values():
+                if path.is_open and path.probe_at < due:
+                    due = path.probe_at
         return due
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:

@@ -72,7 +72,7 @@ class PeerTimers:
 
     def next_deadline(self) -> float:
         """When something is due next; infinity if nothing is."""
-        return min(self._at.values(), default=INF)
+        return min(self._at.values()) if self._at else INF
 
     def expired(self, now: float) -> list[Timer]:
         """Take out what is due at `now`, in the order it became due."""
