@@ -122,7 +122,7 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
             return [_completed(packet, start, offset)]
         return [packet]
     kind &= ~GSO_ECN
-    least = IPV4_HEADER if packet[0] >> 4 == 4 else IPV6_HEADER
+    least = IPV4_HEADER if packet and packet[0] >> 4 == 4 else IPV6_HEADER
     if kind not in _KINDS or not size or start < least or len(packet) < start + _UDP_HEADER:
         raise BadPacketError(f"super-packet of kind {kind} with segments of {size} bytes")
     is_tcp = kind != GSO_UDP_L4

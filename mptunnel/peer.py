@@ -27,7 +27,7 @@ from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
 from mptunnel.messages import MACS_SIZE, Capability
-from mptunnel.packet import complete, trim
+from mptunnel.packet import IPV4_HEADER, complete, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
@@ -262,7 +262,8 @@ class Peer:
         data: list[int] = []
         allowed = b""  # the source that was let through last: a run is mostly of one flow
         for counter, plain in zip(opened.counters, opened.plain, strict=True):
-            if plain and plain[0] == 0x45 and plain[2] << 8 | plain[3] == len(plain) and plain[12:16] == allowed:
+            is_alike = len(plain) >= IPV4_HEADER and plain[0] == 0x45 and plain[12:16] == allowed
+            if is_alike and plain[2] << 8 | plain[3] == len(plain):
                 inbox.append(plain)  # what _take_packet would do, without asking again
                 data.append(counter)
                 self.bytes_received += len(plain)

@@ -9,8 +9,9 @@ data below it was sealed before, and two seconds later every copy that will stil
 * saved = packets that were delivered although at least one path in use did not deliver them,
 * first[path] = packets whose first copy came by this path.
 
-What arrives later than that is added when it comes. A gap between two arrivals counts only if packets were lost
-between the two marks around it: silence of the application is no gap.
+What arrives later than that is added when it comes. A gap is a silence in which a counter is missing for good while
+packets were lost; it begins at an arrival, or at a mark that says that nothing was sealed since the mark before it.
+Silence of the application is no gap.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from mptunnel.session import FIRST_PATH, NO_PATH, WINDOW
 if TYPE_CHECKING:
     from mptunnel.session import Session
 
+    Gap = tuple[float, Session, int, int]  # how long, and between which counters of a session
+
 SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
 INF: Final = float("inf")
 _GAP: Final = 0.02  # s: shorter silences are not worth a look
+_MAX_GAPS: Final = 8  # of those between two marks, the longest
 
 _IS_DATA = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
 
@@ -36,17 +40,19 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_gap", "_last_at", "_marks", "_newest", "_sessions", "first", "longest_gap", "lost", "missed",
-        "packets", "received", "saved",
+        "_count", "_gaps", "_last", "_last_at", "_marks", "_newest", "_said", "_sessions", "first", "longest_gap",
+        "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, Session, int, int, float]] = deque()
+        self._marks: deque[tuple[float, Session, int, int, list[Gap]]] = deque()
         self._newest = (-1, -1)  # session and counter of the last mark
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
-        self._last_at = 0.0
-        self._gap = 0.0
+        self._said: int | None = None  # the sender's count at the last mark
+        self._last_at = -INF  # since when nothing has come
+        self._last = (-1, -1)  # session and highest counter at that time
+        self._gaps: list[Gap] = []  # since the last mark
         self.packets = 0
         self.received = 0
         self.lost = 0
@@ -57,12 +63,15 @@ class Receipts:
 
     def arrived(self, session: Session, counters: list[int], now: float) -> None:
         """IP packets came in under these counters."""
-        silence = now - self._last_at
-        if silence > max(_GAP, self._gap) and self._last_at:
-            self._gap = silence
-        self._last_at = now
+        silence, lowest = now - self._last_at, min(counters)
+        if _GAP < silence < INF:
+            after = self._last[1] if self._last[0] == session.serial else -1
+            self._gaps.append((silence, session, after, lowest))
+            if len(self._gaps) > _MAX_GAPS:
+                self._gaps.remove(min(self._gaps, key=_silence))
+        self._last_at, self._last = now, (session.serial, session.window.top)
         self._sessions[session.serial] = session
-        if min(counters) <= session.settled:
+        if lowest <= session.settled:
             late = sum(counter <= session.settled for counter in counters)
             self.received += late
             self.lost = max(0, self.lost - late)
@@ -70,10 +79,13 @@ class Receipts:
     def mark(self, session: Session, counter: int, packets: int, now: float) -> float:
         """The sender has sealed `packets` (modulo 2^32) before `counter`; return when `settle` should be called."""
         is_newer = (session.serial, counter) > self._newest
+        if is_newer and packets == self._said:
+            self._last_at, self._last = now, (session.serial, session.window.top)
+        self._said = packets if is_newer else self._said
         if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
             self._newest = (session.serial, counter)
-            self._marks.append((now + SETTLE_AFTER, session, counter, packets, self._gap))
-            self._gap = 0.0
+            self._marks.append((now + SETTLE_AFTER, session, counter, packets, self._gaps))
+            self._gaps = []
         if not self._marks:
             return INF
         return now if _is_crowded(self._marks[0][1]) else self._marks[0][0]
@@ -81,7 +93,7 @@ class Receipts:
     def settle(self, in_use: int, now: float) -> float:
         """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again."""
         while self._marks and (self._marks[0][0] <= now or _is_crowded(self._marks[0][1])):
-            _, session, counter, packets, gap = self._marks.popleft()
+            _, session, counter, packets, gaps = self._marks.popleft()
             for older in self._sessions.values():
                 if older.serial < session.serial:  # whose last data was sealed before this mark too
                     self._settle_window(older, older.window.top, in_use)
@@ -93,7 +105,8 @@ class Receipts:
             self._count = packets
             lost = max(0, self.packets - self.received)
             if lost > self.lost:
-                self.longest_gap = max(self.longest_gap, gap)
+                real = [gap[0] for gap in gaps if gap[0] > self.longest_gap and self._is_lacking(gap)]
+                self.longest_gap = max(real, default=self.longest_gap)
             self.lost = lost
         return self._marks[0][0] if self._marks else INF
 
@@ -119,6 +132,13 @@ class Receipts:
         self._sessions.pop(session.serial, None)
         self._marks = deque(mark for mark in self._marks if mark[1] is not session)
 
+    def _is_lacking(self, gap: Gap) -> bool:
+        """Whether a counter is missing in a gap, by now."""
+        _, session, after, before = gap
+        first = max(after + 1, session.window.top - WINDOW + 1)
+        is_open = session.serial in self._sessions
+        return is_open and first < before and 0 in session.window.deliveries(first, before - 1)[0]
+
     def _settle_window(self, session: Session, last: int, in_use: int) -> None:
         window = session.window
         last = min(last, window.top)
@@ -140,6 +160,10 @@ class Receipts:
                 self.missed[path] += lacking.bit_count()
                 lacking_any |= lacking >> path
         self.saved += lacking_any.bit_count()
+
+
+def _silence(gap: Gap) -> float:
+    return gap[0]
 
 
 def _is_crowded(session: Session) -> bool:

@@ -42,7 +42,7 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.path import PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
 from mptunnel.session import REKEY_TIMEOUT
@@ -109,6 +109,8 @@ class ServerPeer(Peer):
         self.tunnel_mtu = MIN_MTU
         self.is_ours = is_ours  # has said HELLO in an earlier run, or we join it
         self.is_stock = is_stock
+        self._stays_stock = is_stock  # not because it left HELLO unanswered, which may have been the paths' fault
+        self._was_taken_for_stock = is_stock
         self.server_instance: int | None = None
         self._scheduler = Redundant()
         self._instance = instance
@@ -119,11 +121,13 @@ class ServerPeer(Peer):
         self._started_at = now
         self._silent_from = now  # since when handshakes go unanswered
         self._answered_at = -INF
+        self._begun_at = -INF  # when there was a session again after a time without one
         self._echoed_at = -INF  # when an ECHO came on any path
         self._mtu_changed_at = -INF
         self._hello_serial = 1
         self._hellos = 0
         self._hello_is_answered = False
+        self._has_address = False  # came under this session
         self._enrols = 0
         self._single = 0  # the path in use towards a server that is not known to take copies
         self._is_closed = False  # the server has said that it stops
@@ -156,9 +160,11 @@ class ServerPeer(Peer):
 
     def too_big(self, path: ClientPath, now: float) -> None:
         """The kernel refused a datagram on `path` for its size: the size under test does not pass."""
-        if not path.carries and path.proof_tries:
+        if path.carries:  # no more
+            path.carries = path.proof_tries = 0
+        elif path.proof_tries:
             path.proof_tries = -(-path.proof_tries // PROOF_TRIES) * PROOF_TRIES
-            path.probe_at = min(path.probe_at, now)
+        path.probe_at = min(path.probe_at, now + PROBE_SPACING)
 
     @property
     def speaks(self) -> bool:
@@ -166,8 +172,8 @@ class ServerPeer(Peer):
         return (self.is_multipath or self.is_ours) and self._enrol is None
 
     def in_use(self, now: float) -> bool:
-        """Whether an IP packet went either way in the last 10 s (or the session has only just begun)."""
-        return now - self.data_at < IN_USE or now - self._answered_at < IN_USE
+        """Whether an IP packet went either way in the last 10 s (or the tunnel has only just come up)."""
+        return now - self.data_at < IN_USE or now - self._begun_at < IN_USE
 
     # -- sending and receiving -------------------------------------------------------------------------
 
@@ -177,7 +183,8 @@ class ServerPeer(Peer):
         super().send(packets, now, out)
         if was_idle:
             self._probe_soon(now)
-            if self._staged and self.initiation is not None and not self.timers.is_armed(Timer.REPEAT):
+            is_waiting = bool(self._staged) and self.initiation is not None
+            if is_waiting and (self.is_multipath or self.is_ours) and not self.timers.is_armed(Timer.REPEAT):
                 self.timers.at(Timer.REPEAT, now)
 
     def receive(
@@ -259,7 +266,7 @@ class ServerPeer(Peer):
             self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
 
     def _next_handshake_at(self) -> float:
-        if self._answered_at > self._initiated_at:
+        if (self.is_multipath or self.is_ours) and self._answered_at >= self._initiated_at:
             return self._answered_at + ANSWERED_SPACING
         return self._initiated_at + REKEY_TIMEOUT
 
@@ -274,20 +281,22 @@ class ServerPeer(Peer):
     def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
         """See `Peer.response_received`."""
         before = self.current
-        self._answered_at = now if self.initiation is not None else self._answered_at
         super().response_received(message, now, out)
         if self.current is not before:
             self._silent_from = INF
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
-        self._echoed_at = now
+        self._answered_at = self._echoed_at = now
+        if self.previous is None or not self.previous.is_alive(now):
+            self._begun_at = now
         self._is_closed = False
         if self._enrol is not None:
             self._enrols = 0
             self._send_enrol(now, out)
             return
         self._hellos = 0
-        self._hello_is_answered = False
+        self._hello_is_answered = self._has_address = False
+        self.is_stock = self._stays_stock
         if self.is_stock:
             self._send_keepalive(now, out)
         else:
@@ -309,8 +318,11 @@ class ServerPeer(Peer):
     def _send_hello(self, now: float, out: list[Transmit]) -> None:
         if self._hellos >= MAX_HELLOS:
             if not self.is_multipath:
-                log.info("%s does not answer our HELLO: taking it for a stock WireGuard server, one path", self.name)
-                self.is_stock = True
+                if not self._was_taken_for_stock:
+                    log.info(
+                        "%s does not answer our HELLO: taking it for a stock WireGuard server, one path", self.name
+                    )
+                self.is_stock = self._was_taken_for_stock = True
                 self.is_ours = False
             return
         self._hellos += 1
@@ -327,30 +339,39 @@ class ServerPeer(Peer):
         if not hello.is_answer or hello.serial != self._hello_serial or session is not self.current:
             self.identity.drops["HELLO not expected"] += 1
             return
-        self.timers.stop(Timer.HELLO)
         if self._hello_is_answered:
             return
         self._hello_is_answered = True
+        self._stop_hello()
         if hello.oldest > PROTOCOL_VERSION or hello.version < PROTOCOL_VERSION:
             log.error(
                 "%s speaks version %d to %d of our control messages, we speak %d: one path only; update the older one",
                 self.name, hello.oldest, hello.version, PROTOCOL_VERSION,
             )  # fmt: skip
-            self.is_stock, self.is_ours, self.is_multipath = True, False, False
+            self._stays_stock = self.is_stock = True
+            self.is_ours = self.is_multipath = False
             return
+        self.is_stock = self._was_taken_for_stock = False
         if self.server_instance != hello.instance:
             if self.server_instance is not None:
                 self.receipts.restart()
                 for path in self._open_paths():
                     path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
             self.server_instance = hello.instance
-        if Capability.MULTIPATH in hello.capabilities and not self.is_multipath:
+        if Capability.MULTIPATH not in hello.capabilities:
+            self.is_multipath = self.is_ours = False
+        elif not self.is_multipath:
             self.is_multipath = self.is_ours = True
             self._widen()
         self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
         self.mtu = min(self.mtu, hello.mtu or MIN_MTU)
         self.news.append(hello)
         self._probe_soon(now)
+
+    def _stop_hello(self) -> None:
+        """HELLO need not be said again once it is answered; the address goes with the answer, and may be lost."""
+        if self._hello_is_answered and self._has_address:
+            self.timers.stop(Timer.HELLO)
 
     def _send_enrol(self, now: float, out: list[Transmit]) -> None:
         if self._enrol is not None:
@@ -379,13 +400,15 @@ class ServerPeer(Peer):
             return
         match kind:
             case Control.ECHO:
-                self._echo_received(session, counter, messages.decode_echo_untrusted(body), source, now)
+                self._echo_received(session, counter, messages.decode_echo_untrusted(body), len(plain), source, now)
             case Control.CHALLENGE:
                 self._challenged(messages.decode_challenge_untrusted(body), source, now, out)
             case Control.HELLO:
                 self._hello_received(session, messages.decode_hello_untrusted(body), now, out)
             case Control.ADDRESS:
                 self.news.append(messages.decode_address_untrusted(body))
+                self._has_address = True
+                self._stop_hello()
             case Control.CLOSE:
                 self._closed(session, messages.decode_close_untrusted(body), now, out)
             case _:
@@ -400,7 +423,9 @@ class ServerPeer(Peer):
             path.challenged()
             self._send_control(challenge.encode(Control.RESPONSE), path.id, path, now, out)
 
-    def _echo_received(self, session: Session, counter: int, echo: Echo, source: Any, now: float) -> None:
+    def _echo_received(
+        self, session: Session, counter: int, echo: Echo, size: int, source: Any, now: float
+    ) -> None:
         path = self.paths.get(source)
         if path is None or echo.path != path.id or echo.incarnation != path.incarnation:
             self.identity.drops["echo for another path"] += 1
@@ -419,7 +444,7 @@ class ServerPeer(Peer):
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
             )
             path.probe_at = min(path.probe_at, now)  # what size does it carry?
-        if proven > path.carries:
+        if path.carries < proven <= size:  # it came back as long as the probe was
             path.carries = proven
             self._consider_mtu(now)
 
@@ -477,7 +502,7 @@ class ServerPeer(Peer):
                 self._probe(path, now, out)
                 if path.fell_silent(now):
                     self._log_silence(path, now)
-                    self._consider_mtu(now)
+        self._consider_mtu(now)
         self._listen(now, out)
 
     def _log_silence(self, path: ClientPath, now: float) -> None:
@@ -537,7 +562,7 @@ class ServerPeer(Peer):
                     self._repeat(self._handshake_ways(now), now, out)
                     self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
             case Timer.HELLO:
-                if not self._hello_is_answered:
+                if not (self._hello_is_answered and self._has_address):
                     self._send_hello(now, out)
             case Timer.ENROL:
                 self._send_enrol(now, out)

@@ -187,8 +187,8 @@ class Session:
         self.counter = counter + len(packets)
         head, nonce, encrypt = TRANSPORT_HEADER.pack_into, _NONCE.pack, self._seal.encrypt_into
         index = self.remote_index
-        is_padded = len(_padded(packets[0], limit)) > len(packets[0])  # and so is every one, but perhaps the last
-        is_padded = is_padded or len(packets[-1]) != len(packets[0])
+        length = len(packets[0])
+        is_padded = len(_padded(packets[0], limit)) > length or any(len(packet) != length for packet in packets)
         with memoryview(out) as view:
             for packet in packets:
                 plain = _padded(packet, limit) if is_padded else packet

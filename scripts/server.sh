@@ -253,7 +253,6 @@ table inet $ours {
         $lan
         ct state new add @flows4 { ip saddr ct count over 8192 } drop
         ct state new add @flows6 { ip6 saddr ct count over 8192 } drop
-        accept
     }
     chain own {
         ip saddr != $network4 drop

@@ -7,6 +7,7 @@ and the same seed gives the same life. `Traffic` is numbered packets both ways, 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import random
 import struct
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
+
+from cryptography.exceptions import InvalidTag
 
 from mptunnel.client import Client, Membership
 from mptunnel.config import (
@@ -32,7 +35,7 @@ from mptunnel.config import (
     tokens_to_document,
 )
 from mptunnel.events import ClosePath, Endpoint, Event, OpenPath, Resolve, RunScript, SaveState, Stop, Transmit
-from mptunnel.messages import HEADER_SIZE, INITIATION, TRANSPORT
+from mptunnel.messages import HEADER_SIZE, INITIATION, TRANSPORT, TRANSPORT_HEADER, Control
 from mptunnel.noise import StaticKey
 from mptunnel.packet import PLAIN
 from mptunnel.server import Offer, Server
@@ -265,6 +268,11 @@ class Simnet:
         if side == "server":
             self.is_server_alive = False
 
+    def use_stock_client(self, stock: StockParty) -> None:
+        """Somebody runs a stock WireGuard with our client's key instead of our client."""
+        self.client_side = self._stock_client = stock
+        self.open = {0: 50000}
+
     def set_link(self, number: int, *, up: bool) -> None:
         self.down[number] = not up
         self.client.links_changed(self.links(), self.now)
@@ -481,6 +489,20 @@ class Simnet:
             if way == side and number in {None, wire} and at >= since and datagram[0] == kind
         ]
 
+    def plaintext(self, side: str, datagram: bytes) -> bytes | None:
+        """What is sealed in a type 4 datagram that went up or down; None if it opens under no session of now."""
+        receiver: ServerPeer | ClientPeer = self.guest if side == "up" else self.peer
+        for session in (receiver.current, receiver.next, receiver.previous):
+            if session is not None and datagram[:8] == TRANSPORT_HEADER.pack(TRANSPORT, session.local_index, 0)[:8]:
+                with contextlib.suppress(InvalidTag):
+                    return session._open.decrypt(bytes(4) + datagram[8:16], datagram[16:], None)
+        return None
+
+    def controls(self, side: str, kind: Control, number: int | None = None, since: float = 0.0) -> list[float]:
+        """When control messages of a kind entered the wires, of those that still can be opened."""
+        sent = ((at, self.plaintext(side, datagram)) for at, datagram in self.sent(TRANSPORT, side, number, since))
+        return [at for at, plain in sent if plain and plain[0] == kind]
+
     def to_strangers(self, endpoint: Endpoint | None = None) -> list[bytes]:
         """What the server has sent to an address that no wire leads from."""
         return [datagram for _, to, datagram in self.astray if endpoint in {None, to}]
@@ -494,13 +516,13 @@ class Traffic:
         self._interval = 1.0 / rate
         self._size = size
         self._fill = random.Random(net.now)
-        self._until = -1.0
+        self._left = 0
         self._seen = {"up": len(net.at_server), "down": len(net.at_client)}
         self.sent: dict[str, dict[bytes, float]] = {"up": {}, "down": {}}
 
     def start(self, seconds: float) -> None:
         """Send both ways for so long, from now on."""
-        self._until = self._net.now + seconds
+        self._left = round(seconds / self._interval)
         self._net.at(self._net.now, self._send)
 
     def run(self, seconds: float, rest: float = 3.0) -> None:
@@ -517,7 +539,8 @@ class Traffic:
         net.known |= {up, down}
         net.client_sends(up)
         net.server_sends(down)
-        if net.now + self._interval < self._until:
+        self._left -= 1
+        if self._left > 0:
             net.at(net.now + self._interval, self._send)
 
     def arrived(self, side: str) -> dict[bytes, float]:

@@ -40,6 +40,7 @@ HOSTILE = {
     "another client": udp(CLIENT4, "10.0.1.3", 4000, 7, b"another client"),
     "another client, IPv6": udp(CLIENT6, "fd00:1::3", 4000, 7, b"another client, IPv6"),
     "metadata": udp(CLIENT4, "169.254.169.254", 4000, 7, b"metadata"),
+    "metadata, IPv6": udp(CLIENT6, "fd00:ec2::254", 4000, 7, b"metadata, IPv6"),
     "lan": udp(CLIENT4, "192.168.50.2", 4000, 7, b"lan"),
     "lan, IPv6": udp(CLIENT6, "fd00:50::2", 4000, 7, b"lan, IPv6"),
     "server's tunnel address": udp(CLIENT4, "10.0.1.1", 4000, 7, b"server's tunnel address"),
@@ -58,7 +59,7 @@ class Gateway:
     """A server between a tunnel, the internet and a private network, and eyes everywhere."""
 
     def __init__(self, setup: Setup, internet: Machine, lan: Machine) -> None:
-        self.setup, self.machine, self.internet = setup, setup.machine, internet
+        self.setup, self.machine, self.internet, self.lan = setup, setup.machine, internet, lan
         self.tunnel = setup.machine.tun()
         self.wan = internet.sniff()
         self._eyes = [self.tunnel, self.wan, lan.sniff(), setup.machine.echo(7)]
@@ -90,9 +91,9 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
         server.sh("ip addr add 203.0.113.1/24 dev wan; ip -6 addr add 2001:db8:113::1/64 dev wan")
         server.sh("ip addr add 192.168.50.1/24 dev lan; ip -6 addr add fd00:50::1/64 dev lan")
         server.sh("ip route add default via 203.0.113.2; ip route add 169.254.169.254 via 203.0.113.2")
-        server.sh("ip -6 route add default via 2001:db8:113::2")
+        server.sh("ip -6 route add default via 2001:db8:113::2; ip -6 route add fd00:ec2::254 via 2001:db8:113::2")
         internet.sh("ip addr add 203.0.113.2/24 dev up; ip -6 addr add 2001:db8:113::2/64 dev up")
-        internet.sh("ip addr add 169.254.169.254/32 dev lo")
+        internet.sh("ip addr add 169.254.169.254/32 dev lo; ip -6 addr add fd00:ec2::254/128 dev lo")
         for machine, device, address in ((server, "wan", 1), (server, "lan", 1), (internet, "up", 99), (lan, "up", 99)):
             machine.sh(f"ip -6 addr add fe80::{address}/64 dev {device}")  # neighbours are asked from these
         lan.sh("ip addr add 192.168.50.2/24 dev up; ip -6 addr add fd00:50::2/64 dev up")
@@ -161,16 +162,19 @@ def test_an_offered_resolver_is_open_for_questions_only_wherever_it_is(gateway: 
 def test_nobody_outside_reaches_a_client_or_speaks_for_one(gateway: Gateway) -> None:
     gateway.up()
     gateway.internet.sh("ip route add 10.0.1.0/24 via 203.0.113.1; ip -6 route add fd00:1::/64 via 2001:db8:113::1")
-    gateway.internet.sh("ip addr add 10.0.1.9/32 dev lo")
+    gateway.internet.sh("ip addr add 10.0.1.9/32 dev lo; ip -6 addr add fd00:1::9/128 dev lo")
     say = f"{sys.executable} -c \"import socket; s = socket.socket({{}}, 2); s.bind(('{{}}', 0)); "
     say += "s.sendto(b'{}', ('{}', 7))\""
 
-    def said() -> set[str]:
+    def unheard() -> set[str]:
         words = {
             "to a client": (2, INTERNET4, CLIENT4),
             "to a client by IPv6": (10, INTERNET6, CLIENT6),
             "for a client": (2, "10.0.1.9", "203.0.113.1"),
+            "for a client by IPv6": (10, "fd00:1::9", "2001:db8:113::1"),
             "to the tunnel address": (2, INTERNET4, "10.0.1.1"),
+            "to the tunnel address by IPv6": (10, INTERNET6, "fd00:1::1"),
+            "by a forwarded port": (2, INTERNET4, "203.0.113.77"),
         }
         for word, (family, source, target) in words.items():
             gateway.internet.sh(say.format(family, source, word, target))
@@ -178,11 +182,46 @@ def test_nobody_outside_reaches_a_client_or_speaks_for_one(gateway: Gateway) -> 
         eyes = [gateway.tunnel, gateway._eyes[3]]
         assert eyes[1].saw(b"to the server")
         eyes[0].wait(lambda _: False, 0.2)
-        return {word for word in words if any(word.encode().hex() in line for eye in eyes for line in eye.lines)}
+        return {word for word in words if not any(word.encode().hex() in line for eye in eyes for line in eye.lines)}
 
-    assert said() == set()
+    gateway.machine.sh("nft add table ip d; nft 'add chain ip d d { type nat hook prerouting priority -100; }'")
+    gateway.machine.sh(f"nft add rule ip d d ip daddr 203.0.113.77 dnat to {CLIENT4}; ip addr add 203.0.113.77 dev wan")
+    assert len(unheard()) == 7
     gateway.machine.sh("nft delete table inet mptunnel_mpt0")
-    assert said() == {"to a client", "to a client by IPv6", "for a client", "to the tunnel address"}
+    assert unheard() == set(), "these would not arrive anyway, so nothing is shown"
+
+
+# Say something to an address, and print who we were there, and the answer.
+TALK = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.bind(("", 4321))
+    s.settimeout(3)
+    s.connect((sys.argv[1], 9))
+    s.send(sys.argv[2].encode())
+    print("ready", flush=True)
+    print(s.recv(99).decode(), flush=True)
+"""
+
+
+def test_the_server_itself_reaches_clients_and_its_own_address_and_forwards_for_others_as_before(
+    gateway: Gateway,
+) -> None:
+    gateway.up()
+    talk = gateway.machine.start(TALK, CLIENT4, "to a client")
+    question = gateway.tunnel.saw(b"to a client")
+    assert question is not None
+    assert (source_of(question), ports_of(question)) == ("10.0.1.1", (4321, 9))
+    gateway.tunnel.send(udp(CLIENT4, "10.0.1.1", 9, 4321, b"to the server"))
+    assert talk.wait(lambda line: line == "to the server")
+    echo = gateway.machine.echo(9)
+    gateway.machine.start(TALK, "10.0.1.1", "to itself")
+    assert echo.wait(lambda line: line == f"10.0.1.1 4321 {b'to itself'.hex()}")
+    gateway.lan.sh("ip route add 203.0.113.0/24 via 192.168.50.1")
+    gateway.internet.sh("ip route add 192.168.50.0/24 via 203.0.113.1")
+    gateway.internet.echo(9)
+    talk = gateway.lan.start(TALK, INTERNET4, "from the lan")
+    assert talk.wait(lambda line: line == "from the lan")
 
 
 NFT = "nft add table inet fw; nft 'add chain inet fw f { type filter hook forward priority 10;"
@@ -244,13 +283,15 @@ def test_tcp_is_told_the_size_that_fits_the_clients_paths(gateway: Gateway) -> N
 
 def test_one_client_cannot_fill_the_servers_table_of_flows(gateway: Gateway) -> None:
     gateway.up()
-    gateway.internet.sh("nft add table ip c; nft 'add chain ip c i { type filter hook prerouting priority 0; }'")
-    gateway.internet.sh("nft add rule ip c i udp dport 10000-19999 counter drop")
+    gateway.internet.sh("nft add table inet c; nft 'add chain inet c i { type filter hook prerouting priority 0; }'")
+    for family in "ipv4", "ipv6":
+        gateway.internet.sh(f"nft add rule inet c i meta nfproto {family} udp dport 10000-19999 counter drop")
     for port in range(10000, 18300):
         gateway.tunnel.send(udp(CLIENT4, INTERNET4, 4000, port, b""))
+        gateway.tunnel.send(udp(CLIENT6, INTERNET6, 4000, port, b""))
     gateway.tunnel.send(udp("10.0.1.3", INTERNET4, 4000, 7, b"another client's"))
     assert gateway.wan.saw(b"another client's", 10.0)
-    assert "packets 8192 " in gateway.internet.sh("nft list chain ip c i")
+    assert gateway.internet.sh("nft list chain inet c i").count("packets 8192 ") == 2
 
 
 # A router advertisement, from the address fe80::99 of interface `up`; the default route lives 1800 s.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mptunnel.config import NO_PSK, JoinToken, ServerRecord
 from mptunnel.lab import SERVER
 from tests.running import Maker, Tunnel, wait_until
 
@@ -133,30 +134,42 @@ def test_whoever_cannot_reach_the_server_gives_up_joining_after_fifteen_seconds(
 
 
 def changed(path: Path) -> Callable[[], bool]:
-    """Return a question: is this file another one than now?"""
+    """Return a question: is this file another one than now (has this directory one)?"""
 
     def inode() -> int:
         try:
+            return next((each for each in path.iterdir() if each.name[0] != "."), path).stat().st_ino
+        except NotADirectoryError:
             return path.stat().st_ino
         except FileNotFoundError:
             return 0
 
     before = inode()
-    return lambda: inode() not in (before, 0)
+    return lambda: inode() not in {before, 0} and not (path.is_dir() and inode() == path.stat().st_ino)
 
 
-@pytest.mark.parametrize("file", ["server/peers", "server/tokens"])
+def wait_until_in(tunnel: Tunnel) -> None:
+    """Wait until the server that runs now has the client, by every path."""
+
+    def is_in() -> bool:
+        (peer,) = tunnel.status("sv")["peers"] or [{}]
+        return peer.get("state") == "up" and len(peer["paths"]) == len(tunnel.lab.paths)
+
+    wait_until(is_in, "the client is in")
+
+
+@pytest.mark.parametrize("file", ["sv/state/server/peers", "sv/state/server/tokens", "cl/state/client/servers"])
 def test_a_server_killed_while_somebody_joins_lets_him_in_when_it_is_back(make_tunnel: Maker, file: str) -> None:
     tunnel = make_tunnel(seed=46)
     token = tunnel.token_file(tunnel.token())
     server = tunnel.serve()
-    watch = kill_when(server.pid, changed(tunnel.places / "sv" / "state" / file))
+    watch = kill_when(server.pid, changed(tunnel.places / file))
     tunnel.connect("--join", token)
     watch.join()
     server.wait()
     assert tunnel.running["cl"].poll() is None
     tunnel.serve()
-    tunnel.wait_up()
+    wait_until_in(tunnel)
     assert set(tokens(tunnel).values()) == {"spent"}
     assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
@@ -167,8 +180,7 @@ def test_a_client_killed_while_it_joins_gets_in_by_the_same_line(make_tunnel: Ma
     line = ("--join", tunnel.token_file(tunnel.token()))
     tunnel.serve()
     client = tunnel.connect(*line)
-    place = tunnel.places / "cl" / "state" / "client" / file
-    kill_when(client.pid, lambda: place.is_dir() and any(place.iterdir()) if file == "servers" else place.exists()).join()
+    kill_when(client.pid, changed(tunnel.places / "cl" / "state" / "client" / file)).join()
     client.wait()
     tunnel.connect(*line)
     tunnel.wait_up()
@@ -191,21 +203,22 @@ def test_a_server_that_cannot_save_admits_nobody_until_it_can(make_tunnel: Maker
     tunnel.wait_up()
     tunnel.kill("sv")
     tunnel.serve()
-    tunnel.wait_up()
+    wait_until_in(tunnel)
     assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
 
 def test_a_client_that_cannot_save_its_membership_says_so_and_ends(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=49)
-    line = ("--join", tunnel.token_file(tunnel.token()))
+    token = tunnel.token()
+    line = ("--join", tunnel.token_file(token))
     tunnel.serve()
-    servers = tunnel.places / "cl" / "state" / "client" / "servers"
-    servers.parent.mkdir(mode=0o700, parents=True)
-    servers.write_text("a file where a directory has to be")
-    tunnel.connect(*line)
+    file = ServerRecord(JoinToken.decode(token).server_public, NO_PSK).file_name
+    client = tunnel.connect(*line)
+    obstacle = tunnel.places / "cl" / "state" / "client" / "servers" / f".{file}.{client.pid}"
+    obstacle.mkdir(parents=True)
     code, said = leaves(tunnel, "cl")
     assert code == 2
-    assert str(servers) in said
-    servers.unlink()
+    assert "cannot save that we joined" in said
+    obstacle.rmdir()
     tunnel.connect(*line)
     tunnel.wait_up()

@@ -238,6 +238,17 @@ def test_a_kernel_without_ipv6_is_no_failure(setup: Setup, tmp_path: Path, role:
     assert setup.machine.look() == before
 
 
+@pytest.mark.parametrize("role", LIVES)
+def test_the_device_gets_no_address_of_the_kernels_own(setup: Setup, role: str) -> None:
+    setup.machine.sh("ip link del mpt0; echo 0 >/proc/sys/net/ipv6/conf/default/addr_gen_mode")
+    for name in "mpt0", "control":
+        setup.machine.tun(name)
+    setup.machine.sh("ip link set control up")
+    setup.do(role, *LIVES[role][0])
+    assert "fe80::" in setup.machine.sh("ip addr show dev control"), "nothing is shown"
+    assert "fe80::" not in setup.machine.sh("ip addr show dev mpt0")
+
+
 def test_without_nft_the_client_works_with_one_warning_and_the_server_says_what_to_install(
     setup: Setup, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simnet import WALL, Simnet, Traffic, Wire, counter_of
+from tests.simnet import WALL, Simnet, Traffic, Wire, counter_of
 
 from mptunnel.messages import TRANSPORT
 
@@ -346,7 +346,7 @@ def test_a_client_that_slept_for_ten_minutes_is_back_within_a_second_and_uses_no
     for side in ("up", "down"):
         assert traffic.back_at(side, woke) - woke <= 1.0 + 0.04
     first = min(at for at, _ in net.sent(TRANSPORT, "up", since=woke))
-    assert first - woke >= 0.04  # a handshake came before it
+    assert first - woke > 0.039  # a handshake came before it
 
 
 def test_a_counter_is_never_sealed_twice() -> None:

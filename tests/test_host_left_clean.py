@@ -1,0 +1,128 @@
+"""The host is left as it was: addresses, routes, rules, nft, sysctls, resolver; after a clean end and after a kill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mptunnel.lab import TARGET
+from tests.running import Maker, Tunnel, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.netns
+
+# Somebody is logged in: answers every line on port 22.
+SSHD = """
+import socket
+with socket.create_server(("", 22)) as server:
+    print("ready", flush=True)
+    connection, _ = server.accept()
+    with connection:
+        while data := connection.recv(99):
+            connection.sendall(data)
+"""
+# And works: sends each line of stdin there, prints the answer.
+SSH = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 22), 5) as connection:
+    connection.settimeout(5)
+    for line in sys.stdin:
+        connection.sendall(line.encode())
+        print(connection.recv(99).decode(), end="", flush=True)
+"""
+LET_SSH_IN = """
+flush chain inet lab forward
+table ip ssh {
+    chain in { type nat hook prerouting priority -100; tcp dport 22 dnat to 192.168.11.2; }
+}
+"""
+
+
+def both(tunnel: Tunnel) -> dict[str, list[str]]:
+    return {role: tunnel.look(role) for role in ("cl", "sv")}
+
+
+def wait_set_up(tunnel: Tunnel) -> None:
+    """Wait until the client's device has its routes and its final MTU."""
+
+    def is_set_up() -> bool:
+        seen = tunnel.lab.run("cl", ["sh", "-c", "ip route; ip link show mpt0"])
+        return "0.0.0.0/1 dev mpt0" in seen and "mtu 1420" in seen
+
+    wait_until(is_set_up, "the client has set up its host")
+
+
+def clean_end(tunnel: Tunnel) -> None:
+    tunnel.stop("cl", "sv")
+
+
+def kill_and_cleanup(tunnel: Tunnel) -> None:
+    tunnel.kill("cl", "sv")
+    for role in ("cl", "sv"):
+        tunnel.must(role, "cleanup")
+
+
+def kill_and_clean_end_of_the_next(tunnel: Tunnel) -> None:
+    tunnel.kill("cl", "sv")
+    tunnel.serve()
+    tunnel.connect()
+    tunnel.wait_up()
+    tunnel.stop("cl", "sv")
+
+
+@pytest.mark.parametrize("end", [clean_end, kill_and_cleanup, kill_and_clean_end_of_the_next])
+def test_both_hosts_are_as_they_were_after(make_tunnel: Maker, end: Callable[[Tunnel], None]) -> None:
+    tunnel = make_tunnel(seed=51, ipv6=True)
+    before = both(tunnel)
+    tunnel.begin("--dns", "9.9.9.9")
+    wait_set_up(tunnel)
+    for role, seen in both(tunnel).items():
+        for what in ('"mpt0"', "table inet mptunnel_mpt0"):
+            assert any(what in line for line in set(seen) - set(before[role])), f"{role} is set up: {what}"
+    assert tunnel.lab.run("sv", ["cat", "/proc/sys/net/ipv4/ip_forward"]) == "1\n"
+    end(tunnel)
+    after = both(tunnel)
+    for role, seen in before.items():
+        assert after[role] == seen
+
+
+def test_cleanup_leaves_alone_what_runs(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=52)
+    tunnel.begin()
+    wait_set_up(tunnel)
+    running = both(tunnel)
+    for role in ("cl", "sv"):
+        assert tunnel.do(role, "cleanup")[0] == 0
+        code, _, said = tunnel.do(role, "cleanup", "mpt0")
+        assert (code, "mpt0 is in use by process" in said) == (2, True), said
+    assert both(tunnel) == running
+
+
+def test_who_is_logged_in_over_an_uplink_stays_so(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=53, strict_rp_filter=True)
+    lab, pipe = tunnel.lab, subprocess.PIPE
+    lab.run("r1", ["nft", "-f", "-"], given=LET_SSH_IN)
+    sshd = lab.spawn("cl", [sys.executable, "-c", SSHD], stdout=pipe)
+    assert sshd.stdout
+    sshd.stdout.readline()
+    session = lab.spawn("inet", [sys.executable, "-c", SSH, lab.public_address(1)], stdin=pipe, stdout=pipe, text=True)
+    assert session.stdin
+    assert session.stdout
+
+    def say(words: str) -> str:
+        session.stdin.write(words + "\n")
+        session.stdin.flush()
+        return str(session.stdout.readline())
+
+    assert say("before") == "before\n"
+    tunnel.begin()
+    wait_set_up(tunnel)
+    assert "dev mpt0" in lab.run("cl", ["ip", "route", "get", TARGET])
+    assert say("full tunnel") == "full tunnel\n"
+    tunnel.stop("cl")
+    assert say("after") == "after\n"
