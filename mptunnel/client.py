@@ -208,6 +208,7 @@ class Client(Role):
             log.warning("path %s: %s; trying again every %.0f s", path.name, why, REOPEN_AFTER)
         path.errors[why] = path.errors.get(why, 0) + 1
         self._reopen_at[number] = now + REOPEN_AFTER
+        self._peer.path_closed(now, self._out)
 
     def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
         """The kernel refused datagrams on a path: that is this path's affair only."""
@@ -331,6 +332,7 @@ class Client(Role):
             log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
         self._events.append(ClosePath(path.id))
         self._events.append(RunScript("path-down", {"path": path.id}))
+        self._peer.path_closed(now, self._out)
 
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:

@@ -389,10 +389,10 @@ def _is_next(
         is_last = True
         expected[start + 13] |= packet[start + 13] & _ENDS
     check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
-    if is_full:
-        expected[check : check + 2] = packet[check : check + 2]
-    else:
-        _U16.pack_into(expected, check, _pseudo_sum(expected, protocol, len(packet) - start))
+    _U16.pack_into(expected, check, _pseudo_sum(expected, protocol, len(packet) - start))
+    if is_full:  # any but a partial one: those are not mixed
+        own = packet[check : check + 2]
+        expected[check : check + 2] = own if own != expected[check : check + 2] else b"\0\0"
     if packet[:body] != expected or (is_full and not _check_is_fine(packet, protocol, start)):
         return None
     return is_last

@@ -363,6 +363,10 @@ class ClientPath(Path):
             self.proof_tries = 0
         return True
 
+    def given_up(self, now: float) -> bool:
+        """Another path is tried, since a server that answers no probe was silent here; return whether that is news."""
+        return self._enter(PathState.DOWN, now)
+
     def fell_silent(self, now: float) -> bool:
         """Whether the path must be called down now; true once."""
         patience = max(DOWN_AFTER, 4 * (self.rtt or 0.0))

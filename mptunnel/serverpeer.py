@@ -129,7 +129,8 @@ class ServerPeer(Peer):
         self._hello_is_answered = False
         self._has_address = False  # came under this session
         self._enrols = 0
-        self._single = 0  # the path in use towards a server that is not known to take copies
+        self._single = -1  # the path in use towards a server that is not known to take copies
+        self._has_cookie = False  # for the next initiation, on that path
         self._is_closed = False  # the server has said that it stops
         if is_ours:
             self._widen()
@@ -144,10 +145,17 @@ class ServerPeer(Peer):
             if self.speaks:
                 self._probe(path, now, out)
             self._flush(now, out)  # what waited while there was no path at all
+            if self.takes_one_copy and path.id == self._single_path():
+                self._send_keepalive(now, out)  # shows where we are now
         if self.initiation is not None:
             self._repeat([way for way in self._handshake_ways(now) if way == path.id], now, out)
         elif not has_session:
             self._want_handshake(now, out)
+
+    def path_closed(self, now: float, out: list[Transmit]) -> None:
+        """A path has lost its socket: a server that takes one copy is shown at once by which path we come now."""
+        if self.takes_one_copy and self._single != (single := self._single_path()) and single is not None:
+            self._send_keepalive(now, out)
 
     def close(self, reason: CloseReason, now: float, out: list[Transmit], path: int = WHOLE_SESSION) -> None:
         """Say on every path that the session (or one path) ends."""
@@ -170,6 +178,11 @@ class ServerPeer(Peer):
     def speaks(self) -> bool:
         """Whether the server understands control messages, as far as we know: copies and probes are welcome."""
         return (self.is_multipath or self.is_ours) and self._enrol is None
+
+    @property
+    def takes_one_copy(self) -> bool:
+        """Whether the server is not known to take copies, so that one path at a time is used."""
+        return not (self.is_multipath or self.is_ours)
 
     def in_use(self, now: float) -> bool:
         """Whether an IP packet went either way in the last 10 s (or the tunnel has only just come up)."""
@@ -202,6 +215,8 @@ class ServerPeer(Peer):
         is_new = super().receive(session, datagrams, size, source, now, inbox, out)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
+        if is_new and self.is_stock:
+            self._lives(self.path_at(source), now)
         return is_new
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
@@ -209,7 +224,7 @@ class ServerPeer(Peer):
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _carriers(self, now: float) -> list[ClientPath]:
-        if not (self.is_multipath or self.is_ours):
+        if self.takes_one_copy:
             single = self._single_path()
             return [path for path in self._open_paths() if path.id == single]
         wanted, standby, is_any_up = [], [], False
@@ -223,7 +238,7 @@ class ServerPeer(Peer):
         return wanted if is_any_up else wanted + standby or self._open_paths()
 
     def _handshake_ways(self, now: float) -> list[Any]:
-        if self.is_multipath or self.is_ours:
+        if not self.takes_one_copy:
             return [path.id for path in self._open_paths()]
         single = self._single_path()
         return [] if single is None else [single]
@@ -232,8 +247,23 @@ class ServerPeer(Peer):
         return [path for path in self.paths.values() if path.is_open]
 
     def _single_path(self) -> int | None:
+        """Return the path in use where only one is: the same one as long as it is open."""
         ids = [path.id for path in self._open_paths()]
-        return ids[self._single % len(ids)] if ids else None
+        if ids and self._single not in ids:
+            self._single = ids[0]
+        return self._single if ids else None
+
+    def _turn_to_next_path(self, now: float) -> None:
+        """Nothing has come by the path in use: try another one, unless only one is open."""
+        ids = sorted(path.id for path in self._open_paths())
+        used, self._single = self._single, next((n for n in ids if n > self._single), ids[0] if ids else -1)
+        if self.is_stock and self._single != used and used in ids and self.paths[used].given_up(now):
+            log.info("path %s silent: trying %s", self.paths[used].name, self.paths[self._single].name)
+
+    def _lives(self, path: ClientPath | None, now: float) -> None:
+        """Something authentic came by a path from a stock server, which answers no probe."""
+        if path is not None and path.is_open and path.answered(now):
+            log.info("path %s up: it alone is used, the server is a stock one", path.name)
 
     def path_at(self, source: Any) -> ClientPath | None:
         """Return the path of this id."""
@@ -262,11 +292,11 @@ class ServerPeer(Peer):
 
     def _initiate(self, now: float, out: list[Transmit]) -> None:
         super()._initiate(now, out)
-        if self.initiation is not None and (self.is_multipath or self.is_ours):
+        if self.initiation is not None and not self.takes_one_copy:
             self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
 
     def _next_handshake_at(self) -> float:
-        if (self.is_multipath or self.is_ours) and self._answered_at >= self._initiated_at:
+        if not self.takes_one_copy and self._answered_at >= self._initiated_at:
             return self._answered_at + ANSWERED_SPACING
         return self._initiated_at + REKEY_TIMEOUT
 
@@ -275,8 +305,14 @@ class ServerPeer(Peer):
         return PATIENT_INTERVAL if is_patient else 0.0
 
     def _retransmit(self, now: float, out: list[Transmit]) -> None:
-        self._single += 1
+        if not self._has_cookie:
+            self._turn_to_next_path(now)
+        self._has_cookie = False
         self._initiate(now, out)
+
+    def cookie_at(self, source: Any) -> None:
+        """See `Peer.cookie_at`; a path that brings a cookie works, so the next initiation goes there too."""
+        self._has_cookie = True
 
     def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
         """See `Peer.response_received`."""
@@ -299,6 +335,7 @@ class ServerPeer(Peer):
         self.is_stock = self._stays_stock
         if self.is_stock:
             self._send_keepalive(now, out)
+            self._lives(self.paths.get(self._single), now)
         else:
             self._send_hello(now, out)
         if self.speaks:
@@ -566,5 +603,8 @@ class ServerPeer(Peer):
                     self._send_hello(now, out)
             case Timer.ENROL:
                 self._send_enrol(now, out)
+            case Timer.NEW_HANDSHAKE if self.takes_one_copy:
+                self._turn_to_next_path(now)
+                super()._expired(timer, now, out)
             case _:
                 super()._expired(timer, now, out)

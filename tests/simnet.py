@@ -8,10 +8,13 @@ and the same seed gives the same life. `Traffic` is numbered packets both ways, 
 from __future__ import annotations
 
 import contextlib
+import enum
 import heapq
+import mmap
 import random
 import struct
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
 from itertools import count, pairwise
@@ -35,7 +38,7 @@ from mptunnel.config import (
     tokens_to_document,
 )
 from mptunnel.events import ClosePath, Endpoint, Event, OpenPath, Resolve, RunScript, SaveState, Stop, Transmit
-from mptunnel.messages import HEADER_SIZE, INITIATION, TRANSPORT, TRANSPORT_HEADER, Control
+from mptunnel.messages import HEADER_SIZE, TRANSPORT, TRANSPORT_HEADER, Control
 from mptunnel.noise import StaticKey
 from mptunnel.packet import PLAIN
 from mptunnel.server import Offer, Server
@@ -570,9 +573,32 @@ class Traffic:
         return min((came[p] for p, at in self.sent[side].items() if at >= since and p in came), default=float("inf"))
 
 
-def is_initiation(datagram: bytes) -> bool:
-    """Whether this is a handshake's first message."""
-    return datagram[0] == INITIATION
+def snapshot(thing: object, leave_out: frozenset[str] = frozenset(), _path: tuple[int, ...] = ()) -> object:
+    """Return all that a thing and what it holds consist of, as a value that can be compared; not `leave_out`.
+
+    What is counted of strangers (`drops`) is no state.
+    """
+    match thing:
+        case None | bool() | int() | float() | str() | bytes() | enum.Enum():
+            return thing
+        case mmap.mmap() | memoryview():
+            return zlib.crc32(thing)
+        case random.Random():
+            return hash(thing.getstate())
+    if id(thing) in _path:
+        return "again"
+    path = (*_path, id(thing))
+    match thing:
+        case dict():
+            return [(snapshot(k, leave_out, path), snapshot(v, leave_out, path)) for k, v in thing.items()]
+        case list() | tuple() | deque():
+            return [snapshot(each, leave_out, path) for each in thing]
+        case set() | frozenset():
+            return sorted(str(snapshot(each, leave_out, path)) for each in thing)
+    names = {name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())}
+    names |= set(getattr(thing, "__dict__", ()))
+    kept = sorted(names - leave_out - {"drops"})
+    return [(name, snapshot(getattr(thing, name, None), leave_out, path)) for name in kept] or type(thing).__name__
 
 
 def counter_of(datagram: bytes) -> int | None:

@@ -47,6 +47,7 @@ own = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(16)]
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 for each in own:
     each.setblocking(False)
+burst = int(rate / 200) + 1
 answers, begun = 0, time.monotonic()
 def listen():
     global answers
@@ -65,7 +66,7 @@ with open(name) as lines:
         else:
             header = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 0, 0, 64, 17, 0, *map(socket.inet_aton, (source, server)))
             raw.sendto(header + struct.pack("!HHHH", int(port), 5000, 8 + len(data), 0) + data, (server, 0))
-        if number % 32 == 0:
+        if number % burst == 0:
             listen()
             time.sleep(max(0.0, begun + number / rate - time.monotonic()))
 time.sleep(0.5)
@@ -103,6 +104,8 @@ def mutations(genuine: list[bytes], rng: random.Random) -> Iterator[bytes]:
                     datagram[rng.randrange(4, end)] ^= 1 << rng.randrange(8)
                 if bytes(datagram) in genuine:
                     continue
+            case 3 if datagram[0] == 4:  # of the session, but a counter that is not used yet
+                datagram[8:16] = rng.choice((rng.randrange(1 << 20), rng.getrandbits(64))).to_bytes(8, "little")
             case 3:
                 del datagram[rng.randrange(len(datagram)) :]
             case 4:
@@ -162,7 +165,8 @@ def check_that_mutations_do_nothing(tunnel: Tunnel, count: int, rate: float) -> 
     endpoints = [each["endpoint"].rsplit(":", 1) for each in tunnel.status("sv")["peers"][0]["paths"]]
     lines = []
     for _, datagram in zip(range(count), mutations(genuine, rng), strict=False):
-        source, port = rng.choice(endpoints) if rng.random() < 0.2 else ("-", "0")
+        is_spoofed = rng.random() < 0.2 and len(datagram) < 1400
+        source, port = rng.choice(endpoints) if is_spoofed else ("-", "0")
         lines.append(f"{source} {port} {datagram.hex()}")
     before, session_age, counted = state_of(tunnel), tunnel.status("sv")["peers"][0]["session_age"], drops(tunnel)
     beside = Datagrams(tunnel.lab, count / rate + 0.5, rate=300)
@@ -178,7 +182,7 @@ def check_that_mutations_do_nothing(tunnel: Tunnel, count: int, rate: float) -> 
     print(f"{count} mutated datagrams: {more}")
     for kind in ("malformed datagram", "wrong mac1", "unknown index", "not authentic"):
         assert more.get(kind, 0) > count / 100, kind
-    assert sum(number for kind, number in more.items() if kind != "duplicate") > 0.98 * count, "each is counted"
+    assert sum(more.values()) >= count, "each is counted"
 
 
 def test_mutated_datagrams_get_no_answer_and_change_nothing(make_tunnel: Maker) -> None:
@@ -209,15 +213,3 @@ def test_replays_and_strangers_get_no_answer_and_change_nothing(make_tunnel: Mak
     assert more["initiation replayed"] > 0
     assert more["duplicate"] > 0
     assert sum(more.values()) >= len(lines)
-
-
-def test_a_client_keeps_its_session_whoever_replays_its_datagrams_elsewhere(make_tunnel: Maker) -> None:
-    """What was recorded on one path and is sent again from another address makes that address no path."""
-    tunnel = make_tunnel(seed=64)
-    tunnel.begin()
-    sniffer = tunnel.lab.spawn("sv", [sys.executable, "-c", CAPTURE], stdout=subprocess.PIPE, text=True)
-    assert sniffer.stdout
-    sniffer.stdout.readline()
-    tunnel.lab.wire("p1").up.cut()
-    wait_until(lambda: tunnel.paths()["p1"]["state"] == "down", "path 1 is down")
-    tunnel.lab.end(sniffer)
