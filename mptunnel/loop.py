@@ -97,7 +97,6 @@ class Loop:
         self._wall_at = 0.0
         self._is_stopping = False
         self._error: MptunnelError | None = None
-        self._device_refused = 0
 
     # -- the turn --------------------------------------------------------------------------------------
 
@@ -254,6 +253,13 @@ class Loop:
             "udp_gro": bool(sockets) and all(sock.receives_runs for sock in sockets),
         }
 
+    def _tell_offload(self) -> None:
+        """Say once what the kernel does for us."""
+        used = [name.replace("_", " ") for name, is_used in self._offload().items() if is_used]
+        log.info("offload: %s", ", ".join(used) or "none, one packet a call")
+        if not all(sock.has_large_buffer for sock in self._sockets_in_use()):
+            log.info("receive buffers are smaller than wished; see sysctl net.core.rmem_max")
+
     def finish(self) -> None:
         """Say goodbye to the peers, and let the worker end what it has begun."""
         moment = now()
@@ -272,12 +278,22 @@ class Loop:
     def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
         reply = self._role.control(verb, Fields(arguments, verb), now())
         if verb == "status":
-            return {**reply.result, "device": self._tun.name, "pid": os.getpid(), "offload": self._offload()}
+            return self._with_what_we_know(reply.result)
         if reply.after is None:
             return reply.result
         pending = Pending()
         self._pending[id(reply.after)] = (pending, reply.result)
         return pending
+
+    def _with_what_we_know(self, status: dict[str, Any]) -> dict[str, Any]:
+        """Complete the status object: the process, offloads, and what was lost in queues of our own host."""
+        queues = {
+            "receive queue full": sum(sock.overruns for sock in self._sockets_in_use()),
+            "device queue full": netlink.device_drops(self._tun.name),
+        }
+        drops = status["drops"] | {name: count for name, count in queues.items() if count}
+        more = {"device": self._tun.name, "pid": os.getpid(), "offload": self._offload()}
+        return {**status, **more, "drops": drops}
 
 
 class ServerLoop(Loop):
@@ -291,6 +307,7 @@ class ServerLoop(Loop):
         super().__init__(settings, role, tun, the_host, state)
         self._socket = sock
         self._readers[sock.fileno()] = self._socket_ready
+        self._tell_offload()
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return [self._socket]
@@ -339,6 +356,7 @@ class ClientLoop(Loop):
         self._readers[self._monitor.fileno()] = self._links_ready
         self._review_at = now() + LINKS_REVIEW
         self._is_looking = False
+        self._has_told_offload = False
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return list(self._sockets.values())
@@ -398,6 +416,9 @@ class ClientLoop(Loop):
             return
         self._sockets[event.path] = sock
         self._readers[sock.fileno()] = self._path_ready(event.path)
+        if not self._has_told_offload:
+            self._has_told_offload = True
+            self._tell_offload()
         self._role.path_opened(event.path, sock.port, moment)
 
     def _close(self, number: int) -> None:

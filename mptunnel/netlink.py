@@ -104,6 +104,16 @@ def parse_links(links: list[Any], routes4: list[Any], routes6: list[Any]) -> tup
     )
 
 
+def device_drops(device: str) -> int:
+    """Return how many packets the kernel had no room for in a device's queue; 0 where it does not say (proc(5))."""
+    try:
+        lines = Path("/proc/net/dev").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    words = next((line.split() for line in lines if line.strip().startswith(f"{device}:")), [])
+    return int(words[12]) if len(words) > 12 and words[12].isdigit() else 0
+
+
 def kept_connections() -> tuple[Pair, ...]:
     """Return (local, remote) of the TCP connections that others have opened to this host, those of SSH first.
 

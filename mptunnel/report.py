@@ -37,12 +37,16 @@ def status_text(status: Object) -> str:
 
 
 def is_degraded(status: Object) -> bool:
-    """Whether less than everything works: at a client any path, at a server a path of a peer that is here."""
+    """Whether less than everything works: at a client any path, at a server a path of a peer that is here.
+
+    A client of a stock server, which takes one path at a time, has all it can have with one that is up.
+    """
     if status.get("role") == "server":
         here = (peer for peer in status.get("peers", []) if peer.get("state") == "up")
         return any(path.get("state") == "lapsed" for peer in here for path in peer.get("paths", []))
     paths = status.get("paths", [])
-    return status.get("state") != "up" or not paths or any(path.get("state") != "up" for path in paths)
+    enough = any if status.get("server", {}).get("multipath") is False else all  # a stock server takes one path
+    return status.get("state") != "up" or not paths or not enough(path.get("state") == "up" for path in paths)
 
 
 def receipts_line(receipts: Object | None) -> str:

@@ -3,7 +3,8 @@
 **Handshake** (towards a server that has said HELLO, or that we join). The initiation goes out on all paths at once.
 While packets wait, or the tunnel is in use and deaf, the same bytes are repeated every 250 ms; a fresh one is made
 every 5 s, and every 25 s once 90 s have passed and nothing waits. It never gives up. Towards any other server one path
-is used at a time, and the next one is tried with every fresh initiation.
+is used at a time: the next one when its socket is gone, when it was silent for 15 s although data was sent, and with
+every fresh initiation that follows an unanswered one. That server learns at once by a keepalive where we are.
 
 **HELLO** is the first datagram under every session, on every path, and again every 500 ms until it is answered; after
 20 of them the server is taken for a stock WireGuard server.

@@ -108,7 +108,7 @@ class Stock:
     def up(self, *addresses: str, mtu: int = 1420) -> None:
         """Give the device its addresses."""
         lines = (f"addr replace {each} dev {DEVICE}" for each in addresses)
-        self._lab.ip(self._role, *lines, f"link set {DEVICE} mtu {mtu} up")
+        self._lab.ip(self._role, f"link set {DEVICE} addrgenmode none mtu {mtu} up", *lines)
 
     def peer(self) -> dict[str, Any]:
         """Return what it says of its only peer; when the last handshake was (0: never), and bytes."""
@@ -146,8 +146,9 @@ class Phone(Stock):
 
     def configure(self) -> None:
         """Set the configuration, which makes it forget all keys."""
-        self.wg("setconf", DEVICE, "/dev/stdin", given=self._lab.run("cl", ["wg-quick", "strip", str(self._file)]))
-        self.wg("set", DEVICE, "listen-port", str(PORT))
+        stripped = self._lab.run("cl", ["wg-quick", "strip", str(self._file)])
+        with_port = stripped.replace("[Interface]", f"[Interface]\nListenPort = {PORT}")
+        self.wg("setconf", DEVICE, "/dev/stdin", given=with_port)
 
     def go_by(self, path: int) -> None:
         """Let its datagrams leave by this uplink from now on."""

@@ -46,10 +46,9 @@ BY_ONE = ("-i", "p1", "--dns", "keep")
 BY_TWO = ("-i", "p1", "-i", "p2", "--dns", "keep")
 SOCKETS = Path("/var/run/wireguard")
 
+# Constants of our program made small: a rekey after 1 s of use; silence noticed after 2.5 s, initiations every 2 s.
 HASTY_REKEY = "import mptunnel.session as s, mptunnel.serverpeer as p; s.REKEY_AFTER_TIME = p.REKEY_TIMEOUT = 1.0"
-HASTY_DOUBT = (
-    "import mptunnel.timers as t, mptunnel.peer as p; t.KEEPALIVE_TIMEOUT = t.REKEY_TIMEOUT = p.REKEY_TIMEOUT = 1.0"
-)
+HASTY_DOUBT = "import mptunnel.timers as t, mptunnel.peer as p; t.KEEPALIVE_TIMEOUT = 0.5; t.REKEY_TIMEOUT = p.REKEY_TIMEOUT = 2.0"
 
 outside = pytest.mark.parametrize(("outside", "with_psk"), [(4, True), (6, False)], ids=["4-psk", "6"])
 
@@ -127,14 +126,14 @@ def test_a_phone_may_roam(tunnel: Tunnel) -> None:
     seen = [as_peer(tunnel)["endpoint"]]
     for move in (
         lambda: tunnel.lab.flush_nat(1),
-        lambda: phone.go_by(2),
         lambda: phone.wg("set", DEVICE, "listen-port", "40000"),
-        lambda: phone.go_by(1),
+        lambda: (phone.go_by(2), tunnel.lab.link(1, up=False)),
+        lambda: tunnel.lab.renumber(2),
     ):
         move()
         wait_until(lambda: as_peer(tunnel)["endpoint"] != seen[-1], "the phone is seen elsewhere")
         seen.append(as_peer(tunnel)["endpoint"])
-    assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 2, 2, 1)]
+    assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 1, 2, 2)]
     assert all(map(nearly_all_arrived, datagrams.finish()))
     assert phone.handshakes() == 1
 
@@ -295,7 +294,7 @@ def test_with_a_stock_server_the_second_path_is_tried_when_the_first_one_dies_si
     wait_until(lambda: provider.answers() == 2, "a handshake by the second path")
     assert {each.source[0] for each in watch.up(INITIATION, since=begun)} == {lab.public_address(2)}
     _, down = datagrams.finish()
-    assert down.longest_gap() < 4.0, "the first handshake after the silence was by the other path"
+    assert down.longest_gap() < 4.3, "the first handshake after the silence was by the other path"
     lab.wire("p1").mend()
     assert to_provider(tunnel, 0.5).finish()[0].lost == 0
 

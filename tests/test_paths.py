@@ -1,0 +1,147 @@
+"""Real paths in real trouble: errors of the kernel, sizes that do not pass, IPv6, a server with two addresses."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mptunnel.lab import SERVER6, TARGET, TARGET6
+from mptunnel.traffic import Datagrams, Download, content_sha256, serve_web
+from tests.running import Maker, Tunnel, tell, wait_until
+
+if TYPE_CHECKING:
+    from mptunnel.traffic import Flow
+
+pytestmark = pytest.mark.netns
+
+OTHER_SERVER6 = "2001:db8:5::99"
+FIREWALL = "add table inet trouble; add chain inet trouble out {{ type filter hook output priority 0; }}; \
+add rule inet trouble out oifname p1 udp dport 5000 {}\n"
+
+TROUBLES = {  # what is done to path 1 at the client, and how it is taken back
+    "a firewall drops (EPERM)": (f"nft '{FIREWALL.format('drop')}'", "nft delete table inet trouble"),
+    "a firewall rejects": (f"nft '{FIREWALL.format('reject')}'", "nft delete table inet trouble"),
+    "no route": (
+        "ip route replace unreachable default table 5200",
+        "ip route replace default via 192.168.11.1 dev p1 table 5200 proto kernel onlink",
+    ),
+    "prohibited": (
+        "ip route replace prohibit default table 5200",
+        "ip route replace default via 192.168.11.1 dev p1 table 5200 proto kernel onlink",
+    ),
+    "a small MTU of the link (EMSGSIZE)": ("ip link set p1 mtu 800", "ip link set p1 mtu 1500"),
+}
+
+
+def check_all_arrived(what: str, flows: tuple[Flow, Flow]) -> None:
+    tell(what, *flows)
+    for flow in flows:
+        assert (flow.lost, flow.duplicated) == (0, 0)
+
+
+def test_any_error_on_one_path_is_the_affair_of_that_path(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=81)
+    tunnel.begin()
+    datagrams = Datagrams(tunnel.lab, len(TROUBLES) * 1.2, rate=300, size=1000)
+    for trouble, mending in TROUBLES.values():
+        tunnel.lab.run("cl", ["sh", "-ec", trouble])
+        time.sleep(0.8)
+        tunnel.lab.run("cl", ["sh", "-ec", mending])
+    check_all_arrived("errors on path 1", datagrams.finish())
+    tunnel.wait_up("p1", "p2")
+    errors = tunnel.paths()["p1"]["errors"]
+    print(errors)
+    assert set(errors) >= {"EPERM", "EHOSTUNREACH", "EACCES", "EMSGSIZE"}
+    assert not tunnel.paths()["p2"]["errors"]
+
+
+def test_a_path_that_swallows_large_packets_loses_nothing_for_the_other(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=82)
+    tunnel.begin()
+    tunnel.lab.wire("p1").set(mtu=1300)
+    check_all_arrived("path 1 swallows large packets", Datagrams(tunnel.lab, 1.5, rate=300, size=1372).finish())
+    assert tunnel.lab.wire("p1").counts().up.too_long > 100
+    assert tunnel.paths()["p1"]["state"] == "up", "small ones pass"
+
+
+def test_the_tunnel_takes_the_size_that_every_path_carries(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=83)
+    for name, mtu in (("p1", 1500), ("p2", 1420)):
+        tunnel.lab.wire(name).set(mtu=mtu)
+    serve_web(tunnel.lab)
+    tunnel.begin()
+    wait_until(lambda: tunnel.status()["tunnel"]["mtu"] == 1360, "the tunnel's MTU is 1360")
+    wait_until(lambda: "mtu 1360" in tunnel.lab.run("cl", ["ip", "link", "show", "mpt0"]), "and the device's")
+    wait_until(lambda: "mtu 1360" in tunnel.lab.run("sv", ["ip", "route"]), "and the server's, for this client")
+    tunnel.lab.wire("p1").cut()
+    done = Download(tunnel.lab, 2_000_000).finish()
+    assert done.sha256 == content_sha256(2_000_000), done.error
+    assert tunnel.lab.wire("p2").counts().down.too_long < 20, "but for the probes of the beginning"
+
+
+def test_ipv6_outside_carries_both_families_inside(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=84, ipv6=True, strict_rp_filter=True)
+    tunnel.begin(server=SERVER6, uplinks=["-i", tunnel.lab.client_address6(1), "-i", "p2"])
+    assert tunnel.status()["server"]["address"] == SERVER6
+    six, four = (Datagrams(tunnel.lab, 2.5, rate=300, address=address) for address in (TARGET6, TARGET))
+    time.sleep(0.5)
+    tunnel.lab.wire("p1").cut()
+    time.sleep(0.5)
+    tunnel.lab.wire("p1").mend()
+    time.sleep(0.5)
+    tunnel.lab.renumber(2)
+    check_all_arrived("IPv6 in IPv6", six.finish())
+    check_all_arrived("IPv4 in IPv6", four.finish())
+
+
+def test_ipv4_outside_carries_ipv6_inside(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=85, ipv6=True)
+    tunnel.begin()
+    assert all("." in path["address"] for path in tunnel.paths().values())
+    tunnel.lab.wire("p2").cut()
+    check_all_arrived("IPv6 in IPv4", Datagrams(tunnel.lab, 1.0, rate=300, address=TARGET6).finish())
+
+
+def test_a_server_answers_from_the_address_it_was_asked_on(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=86, ipv6=True)
+    tunnel.lab.ip("sv", f"addr add {OTHER_SERVER6}/64 dev pub preferred_lft 0")  # never the kernel's own choice
+    token = tunnel.token_file(tunnel.token())
+    tunnel.serve()
+    tunnel.connect("--join", token, server=OTHER_SERVER6, uplinks=["-i", "p1", "-i", "p2"])
+    tunnel.wait_up()
+    check_all_arrived("a second address", Datagrams(tunnel.lab, 0.5, rate=300).finish())
+
+
+def test_without_i_every_uplink_is_a_path(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(paths=3, seed=87)
+    tunnel.begin(uplinks=[])
+    assert set(tunnel.paths()) == {"p1", "p2", "p3"}
+    tunnel.lab.link(2, up=False)
+    wait_until(lambda: tunnel.paths().get("p2", {}).get("state") != "up", "path 2 is away")
+    tunnel.lab.link(2, up=True)
+    tunnel.wait_up("p1", "p2", "p3")
+
+
+def shared_address(tunnel: Tunnel) -> None:
+    """Give both uplinks the same address and gateway, as two identical LTE sticks do."""
+    lab = tunnel.lab
+    lab.ip("r2", "addr del 192.168.12.1/24 dev lan", "addr add 192.168.11.1/24 dev lan")
+    lab.ip(
+        "cl",
+        "addr del 192.168.12.2/24 dev p2",
+        "addr add 192.168.11.2/24 dev p2 noprefixroute",
+        "route replace default via 192.168.11.1 dev p2 metric 200 onlink",
+    )
+
+
+def test_two_uplinks_with_the_same_address_are_two_paths(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=88, strict_rp_filter=True)
+    shared_address(tunnel)
+    tunnel.begin(uplinks=["-i", "p1", "-i", "p2"])
+    for name in ("p1", "p2"):
+        tunnel.lab.wire(name).cut()
+        check_all_arrived(f"without {name}", Datagrams(tunnel.lab, 0.7, rate=300).finish())
+        tunnel.lab.wire(name).mend()
+        tunnel.wait_up()
