@@ -324,8 +324,8 @@ class ServerLoop(Loop):
             for _ in range(READS_PER_TURN):
                 datagrams, size, source = receive()
                 take(datagrams, size, source, moment, inbox)
-                if len(inbox) >= INBOX:
-                    self._deliver()
+                if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
+                    self._deliver()  # a datagram that came alone does not wait for others
         except BlockingIOError:
             pass
         except OSError as error:  # an ICMP message about some client: its affair
@@ -387,8 +387,8 @@ class ClientLoop(Loop):
                 for _ in range(READS_PER_TURN):
                     datagrams, size = receive()
                     take(datagrams, size, number, moment, inbox)
-                    if len(inbox) >= INBOX:
-                        self._deliver()
+                    if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
+                        self._deliver()  # a datagram that came alone does not wait for others
             except BlockingIOError:
                 pass
             except OSError as error:  # ICMP said something about this path: a hint, nothing else

@@ -331,7 +331,8 @@ class ServerPeer(Peer):
             self._enrols = 0
             self._send_enrol(now, out)
             return
-        self._hellos = 0
+        if self._hello_is_answered or self.is_stock:  # else the sessions share the 20
+            self._hellos = 0
         self._hello_is_answered = self._has_address = False
         self.is_stock = self._stays_stock
         if self.is_stock:
@@ -549,10 +550,12 @@ class ServerPeer(Peer):
 
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
-        asked = [path.silent_since for path in self._open_paths()]
+        paths = self._open_paths()
+        known = [path for path in paths if path.heard_at > -INF]  # one that is always new must not hide the silence
+        asked = [path.silent_since for path in known or paths]
         if not asked:
             return
-        rtt = min((path.min_rtt for path in self._open_paths() if path.min_rtt < INF), default=0.0)
+        rtt = min((path.min_rtt for path in paths if path.min_rtt < INF), default=0.0)
         patience = max(DEAF_AFTER, 3 * rtt)
         if not self.in_use(now):
             patience = max(patience, 3 * FOLLOW_UP)

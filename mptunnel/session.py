@@ -64,13 +64,20 @@ class ReplayWindow:
 
     def mark(self, counter: int, path: int | None = None) -> None:
         """Remember an authenticated counter, and the path that brought it first."""
-        self.mark_run(counter, 1, path)
+        if counter > self.top:
+            if counter > self.top + 1:
+                self._forget(self.top + 1, counter - 1)
+            self.top = counter
+        at = counter & _MASK
+        self._first[at] = NO_PATH if path is None else FIRST_PATH + path
+        self._paths[at] = 0 if path is None else 1 << path
 
     def mark_run(self, first: int, count: int, path: int | None = None) -> None:
         """Mark `count` consecutive authenticated counters at once; all of them are fresh."""
         last = first + count - 1
         if last > self.top:
-            self._forget(self.top + 1, last)
+            if first > self.top + 1:
+                self._forget(self.top + 1, first - 1)
             self.top = last
         who = bytes((NO_PATH if path is None else FIRST_PATH + path,)) * count
         bit = bytes((0 if path is None else 1 << path,)) * count
@@ -85,6 +92,15 @@ class ReplayWindow:
         if first + count - 1 > self.top or first <= self.top - self.width:
             return False
         return all(self._first.find(b"\0", low, high) < 0 for low, high in _spans(first, count))
+
+    def credit(self, counter: int, path: int) -> int:
+        """Note that `path` delivered this seen counter too; return 1 if that is news."""
+        at, bit = counter & _MASK, 1 << path
+        before = self._paths[at]
+        if before & bit:
+            return 0
+        self._paths[at] = before | bit
+        return 1
 
     def credit_run(self, first: int, count: int, path: int) -> int:
         """Note that `path` delivered these seen counters too; return for how many of them that is news."""
@@ -258,7 +274,7 @@ class Session:
                     continue
                 opened.repeated += 1
                 if path is not None:
-                    opened.credited += window.credit_run(counter, 1, path)
+                    opened.credited += window.credit(counter, path)
                 continue
             at = number * size
             try:
@@ -269,7 +285,7 @@ class Session:
             if counter >= REJECT_AFTER_MESSAGES:
                 opened.bad += 1
                 continue
-            window.mark_run(counter, 1, path)
+            window.mark(counter, path)
             opened.plain.append(plain)
             fresh.append(counter)
         opened.counters = fresh

@@ -90,7 +90,7 @@ class Uplinks:
             close = nearest(uplink.name, addresses)
         else:
             close = nearest(uplink.name, [link.name for link in links])
-        hint = f"; did you mean {close}?" if close else "; see 'ip -brief address'"
+        hint = f"; did you mean {close}?" if close else "; see 'ip -brief address'."
         return f"-i {uplink.name} is not there{hint} It is taken up when it appears"
 
     def _adopt(self, links: Iterable[Link], device: str) -> None:
