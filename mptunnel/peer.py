@@ -190,11 +190,15 @@ class Peer:
         most = max(given for _, _, given in chosen)
         if most < count:  # nobody takes the rest of the run now
             count, run, total = most, run[:most], most * size
-        data = bytearray(total)
-        session.seal_run(run, data, limit)
+        view: bytes | memoryview
+        if count == 1:  # the short way
+            view = session.seal(run[0], limit)
+        else:
+            data = bytearray(total)
+            session.seal_run(run, data, limit)
+            view = memoryview(data).toreadonly()
         self.packets_sent += count
         self.bytes_sent += sum(map(len, run))
-        view = memoryview(data).toreadonly()
         for path, to, given in chosen:
             part = view if given == count else view[: given * size]
             out.append(Transmit(to, part, size))
@@ -318,6 +322,7 @@ class Peer:
         if session is self.next:
             self._drop(self.previous)
             self.previous, self.current, self.next = self.current, session, None
+            self.timers.handshake_confirmed()
             self._confirmed(now, out)
         elif session is self.current and session.is_near_its_end(now) and not self._was_renewed_at_its_end:
             self._was_renewed_at_its_end = True
@@ -342,7 +347,7 @@ class Peer:
         self._drop(self.previous)
         self.previous = None
         self.next = self._new_session(keys, now)
-        self.timers.handshake_done(now)
+        self.timers.keys_derived(now)
         if not self.is_multipath:
             self._learn_endpoint(source)
         self._answered = (message[:-MACS_SIZE], response, now + ANSWER_LIFETIME)

@@ -34,15 +34,14 @@ class Redundant:
 
         If none had room, the first one gets all: nothing is lost before it has been tried.
         """
-        if all(carrier.room is None for carrier in carriers):
-            return [(carrier, count) for carrier in carriers]
-        chosen = []
+        chosen, is_whole = [], False
         for carrier in carriers:
             room = carrier.room
             given = count if room is None or room >= count * size else room // size
+            is_whole = is_whole or given == count
             if given > 0:
                 chosen.append((carrier, given))
-        if carriers and (not chosen or max(given for _, given in chosen) < count):
+        if carriers and not is_whole:
             first = carriers[0]
             chosen = [(first, count), *(pair for pair in chosen if pair[0] is not first)]
         return chosen

@@ -107,11 +107,19 @@ class PeerTimers:
         """Expect the response in `patience` seconds, 5 by default."""
         self._at[Timer.RETRANSMIT] = now + (patience or REKEY_TIMEOUT) + self._rng.uniform(0, JITTER)
 
-    def handshake_done(self, now: float) -> None:
-        """Keys have been derived."""
+    def keys_derived(self, now: float) -> None:
+        """There are new keys, which the initiator has still to confirm: until then a call of ours is repeated."""
+        self._at[Timer.ZERO_KEYS] = now + 3 * REJECT_AFTER_TIME
+
+    def handshake_confirmed(self) -> None:
+        """Both sides have the new keys."""
         self._at.pop(Timer.RETRANSMIT, None)
         self._at.pop(Timer.REPEAT, None)
-        self._at[Timer.ZERO_KEYS] = now + 3 * REJECT_AFTER_TIME
+
+    def handshake_done(self, now: float) -> None:
+        """Our initiation was answered: there are new keys, and both sides have them."""
+        self.keys_derived(now)
+        self.handshake_confirmed()
 
     def handshake_given_up(self, now: float) -> None:
         """The peer did not answer for 90 s."""
