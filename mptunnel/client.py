@@ -16,7 +16,7 @@ with "no route", so that applications turn to IPv4 at once instead of leaking.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
@@ -284,7 +284,10 @@ class Client(Role):
         for number, way in found.items():
             uplink = self._uplinks.by_id[number]
             path = self.paths.get(number)
-            if path is None or path.name != uplink.name:
+            if path is not None and path.name != uplink.name:  # another uplink has taken its number
+                self._close_path(path, now)
+                path = None
+            if path is None:
                 path = self.paths[number] = ClientPath(number, uplink.name, now)
             if way is None:
                 is_told = number in self._ways  # `_close_path` tells of those that were there
@@ -398,7 +401,7 @@ class Client(Role):
             return
         if state == "up":
             return
-        if not self._has_warned and now - self._state_at >= WARN_AFTER:
+        if not self._has_warned and now >= self._state_at + WARN_AFTER:
             self._has_warned = True
             log.warning("%s; trying for ever", self._why_silent())
         if len(self._servers) > 1 and now - max(self._tried_servers_at, self._state_at) > SILENT_AFTER:
@@ -491,9 +494,8 @@ class Client(Role):
         own4 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv4Address)), None)
         own6 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv6Address)), None)
         dns = file.dns if self._settings.dns_mode is DnsMode.AUTO else self._settings.dns or ()
-        self._settings = replace(self._settings, routes=file.allowed_ips)
         has_ipv6 = own6 is not None and any(network.version == 6 for network in file.allowed_ips)
-        self._tunnel_mtu = file.mtu or self._settings.mtu
+        self._tunnel_mtu = self._settings.mtu
         self._set_up(Tunnel(own4, own4, own6, own6, has_ipv6, dns))
 
     def _set_up(self, tunnel: Tunnel) -> None:
@@ -543,7 +545,8 @@ class Client(Role):
             log.warning("cannot save %s: %s; the tunnel goes on", job.name, failure)
         if job.name == self._file and isinstance(job.document, dict):
             self.identity.timestamps.reserved(job.document["reserved"])
-        if self._joined is not None and job.name == _record_file(self._joined):
+        is_joined = isinstance(job.document, dict) and bool(job.document.get("joined"))
+        if self._joined is not None and is_joined and job.name == _record_file(self._joined):
             if failure is not None:
                 self._events.append(
                     Stop(ConfigError(f"cannot save that we joined: {failure}; make room and try again"))

@@ -38,6 +38,7 @@ _PSEUDO = struct.Struct(">16s16sII")
 VNET: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset (native order)
 VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
+_VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
 GSO_TCPV4: Final = 1
@@ -117,6 +118,8 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
     """
     flags, kind, _, size, start, offset = VNET.unpack_from(frame)
     packet = frame[VNET_SIZE:]
+    if not packet or packet[0] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
+        raise BadPacketError(f"no IP packet in a frame of {len(frame)} bytes")
     if kind == GSO_NONE:
         if flags & NEEDS_CSUM and not takes_partial:
             return [_completed(packet, start, offset)]

@@ -251,8 +251,9 @@ class Server(Role):
             heappush(self._heap, (at, next(self._order), peer))
 
     def _route_with_mtu(self, peer: ClientPeer, mtu: int) -> None:
+        mtu = min(max(mtu, MIN_MTU), self._offer.mtu)
         for address in (peer.record.ipv4, peer.record.ipv6):
-            self._events.append(RunScript("peer-up", {"peer": address, "mtu": min(mtu, self._offer.mtu)}))
+            self._events.append(RunScript("peer-up", {"peer": address, "mtu": mtu}))
 
     # -- joining and administration --------------------------------------------------------------------
 
@@ -324,6 +325,7 @@ class Server(Role):
         if peer is not None:
             peer.close(CloseReason.NOT_ADMITTED, now, self._out)
             peer.forget_keys()
+            peer.endpoint = None  # a stock peer that was being called must not be let in by its answer
             self._forget_answers_of(peer)
         for address in (record.ipv4, record.ipv6):
             self._events.append(RunScript("peer-down", {"peer": address}))

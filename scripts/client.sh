@@ -54,19 +54,26 @@ END
 batch() {           # FAMILY LINES: all of them by one ip(8); the first that fails ends the script
     show_lines "ip $1" "$2"
     [ -z "$dry" ] || return 0
-    said=$(printf '%s\n' "$2" | ip "$1" -batch - 2>&1) ||
-        fail "ip $1 $(printf '%s\n' "$2" | sed -n "${said##*-:}p"): ${said%%"$newline"*}"
+    said=$(ip "$1" -batch - 2>&1 <<END
+$2
+END
+    ) || fail "ip $1 $(printf '%s\n' "$2" | sed -n "${said##*-:}p"): ${said%%"$newline"*}"
 }
 
 attempt() {         # FAMILY LINES: the same, whether or not there is anything to do
     show_lines "ip $1" "$2"
-    [ -n "$dry" ] || printf '%s\n' "$2" | ip "$1" -force -batch - >/dev/null 2>&1
-    return 0
+    [ -n "$dry" ] || ip "$1" -force -batch - >/dev/null 2>&1 <<END || :
+$2
+END
 }
 
 rules() {           # LINES: all of them or none, by one nft(8); false, and $said, if it would not
     show_lines nft "$1"
-    [ -n "$dry" ] || said=$(printf '%s\n' "$1" | nft -f - 2>&1) || { said=${said%%"$newline"*}; return 1; }
+    [ -z "$dry" ] || return 0
+    said=$(nft -f - 2>&1 <<END
+$1
+END
+    ) || { said=${said%%"$newline"*}; return 1; }
 }
 
 is() {              # FAMILY ADDRESS: -6 or ip6 for one with colons, -4 or ip for others
@@ -98,14 +105,14 @@ where() {           # $head: the head of a saved file of this boot and namespace
 
 alone() {           # COMMAND...: while no other instance does so
     [ -z "$dry" ] || { "$@"; return; }
-    mkdir -p "${saved%/*}" || return
+    [ -d "${saved%/*}" ] || mkdir -p "${saved%/*}" || return
     ( ! command -v flock >/dev/null || flock 9; "$@" ) 9>>"${saved%/*}/saved.lock"
 }
 
 begin() {           # before anything is changed: from now on `down` has something to take back
     where
     [ -z "$dry" ] || return 0
-    mkdir -p "${saved%/*}" || exit 1
+    [ -d "${saved%/*}" ] || mkdir -p "${saved%/*}" || exit 1
     holds "$saved" "$head" || printf '%s\n' "$head" >"$saved" || fail "cannot write $saved"
 }
 
@@ -236,12 +243,11 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
     address=$2 lines=
     [ -z "$2" ] || [ -z "$3" ] || address="${2%/*} peer $3/$4"
     [ -z "$2" ] || lines="addr replace $address dev $device"
-    [ "$1$lines" = "$1" ] || [ "$1" = -4 ] || lines="$lines nodad"
     for network in $5; do lines="$lines${newline}route replace $network dev $device"; done
     stale=$(                             # goes first: the kernel would take a second address for an appendix
-        ip "$1" -o addr show dev "$device" | while read -r _ _ _ found word peer _; do
-            [ "$word" != peer ] || found="$found peer $peer"
-            [ "$found" = "$address" ] || printf '%s\n' "addr del $found dev $device"
+        ip "$1" -o addr show dev "$device" | while read -r _ _ _ there word peer _; do
+            [ "$word" != peer ] || there="$there peer $peer"
+            [ "$there" = "$address" ] || printf '%s\n' "addr del $there dev $device"
         done
         ip "$1" route show dev "$device" | while read -r network more; do
             case " $5  $more " in *" $network "* | *' proto kernel '*) continue ;; esac
@@ -258,7 +264,8 @@ keep() {            # MPT_KEEP: what goes by the main table now still does, by a
         for pair in ${MPT_KEEP:-}; do
             ! is "$family" "$pair" || asked="${asked}route get ${pair#*,} from ${pair%,*}$newline"
         done
-        [ -n "$asked$(our_rules "$family" "$kept" "$kept")" ] || continue
+        our_rules "$family" "$kept" "$kept"
+        [ -n "$asked$found" ] || continue
         while read -r remote _ local more; do
             case " $more " in *" table $kept "*) ;; *' table '* | *" dev $device "* | '  ') continue ;; esac
             for rule in "from $local to $remote" "from $local ipproto tcp sport 22"; do
@@ -275,7 +282,8 @@ END
 
 follow() {
     for family in -4 -6; do
-        [ -z "$(our_rules "$family" "$kept" "$kept")" ] || copy_main "$family"
+        our_rules "$family" "$kept" "$kept"
+        [ -z "$found" ] || copy_main "$family"
     done
 }
 
@@ -354,28 +362,43 @@ path_down() {
 }
 
 settle() {          # FAMILY PRIORITY RULES: ours of that priority are just these
-    found=$(our_rules "$1" "$2" "$2")
+    our_rules "$1" "$2" "$2"
     [ "$found" != "$3" ] || return 0
-    [ -z "$found" ] || attempt "$1" "$(printf '%s\n' "$found" | sed 's/^/rule del /')"
-    # protocol kernel: systemd-networkd leaves those alone
-    [ -z "$3" ] || batch "$1" "$(printf '%s\n' "$3" | sed 's/.*/rule add & protocol kernel/')"
+    each 'rule del ' "$found" ''
+    [ -z "$lines" ] || attempt "$1" "$lines"
+    each 'rule add ' "$3" ' protocol kernel'            # systemd-networkd leaves those alone
+    [ -z "$lines" ] || batch "$1" "$lines"
 }
 
-our_rules() {       # FAMILY LOW HIGH: those with such a priority and the table of that number
-    ip "$1" rule show 2>/dev/null | while read -r priority rule; do
+our_rules() {       # FAMILY LOW HIGH: $found: those with such a priority and the table of that number
+    shown=$(ip "$1" rule show 2>/dev/null)
+    found=
+    while read -r priority rule; do
         priority=${priority%:}
         case "$rule " in *" lookup $priority "*) ;; *) continue ;; esac
-        [ "$priority" -lt "$2" ] || [ "$priority" -gt "$3" ] || printf '%s\n' "priority $priority ${rule%% proto *}"
-    done
+        if [ "$priority" -ge "$2" ] && [ "$priority" -le "$3" ]; then
+            found="$found${found:+$newline}priority $priority ${rule%% proto *}"
+        fi
+    done <<END
+$shown
+END
+}
+
+each() {            # BEFORE LINES AFTER: $lines: each with this before and behind it
+    lines=
+    while IFS= read -r line; do [ -z "$line" ] || lines="$lines$1$line$3$newline"; done <<END
+$2
+END
 }
 
 down() {
     ! resolved || ! [ -d "/proc/sys/net/ipv4/conf/$device" ] || tell resolvectl revert "$device"
     for family in -4 -6; do
-        lines=$(our_rules "$family" "$base" "$kept" | sed 's/^/rule del /')
+        our_rules "$family" "$base" "$kept"
+        each 'rule del ' "$found" ''
         table=$base
         while [ "$table" -le "$kept" ]; do
-            lines="$lines${newline}route flush table $table" table=$((table + 1))
+            lines="${lines}route flush table $table$newline" table=$((table + 1))
         done
         attempt "$family" "$lines"
     done

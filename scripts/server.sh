@@ -50,19 +50,26 @@ END
 batch() {           # FAMILY LINES: all of them by one ip(8); the first that fails ends the script
     show_lines "ip $1" "$2"
     [ -z "$dry" ] || return 0
-    said=$(printf '%s\n' "$2" | ip "$1" -batch - 2>&1) ||
-        fail "ip $1 $(printf '%s\n' "$2" | sed -n "${said##*-:}p"): ${said%%"$newline"*}"
+    said=$(ip "$1" -batch - 2>&1 <<END
+$2
+END
+    ) || fail "ip $1 $(printf '%s\n' "$2" | sed -n "${said##*-:}p"): ${said%%"$newline"*}"
 }
 
 attempt() {         # FAMILY LINES: the same, whether or not there is anything to do
     show_lines "ip $1" "$2"
-    [ -n "$dry" ] || printf '%s\n' "$2" | ip "$1" -force -batch - >/dev/null 2>&1
-    return 0
+    [ -n "$dry" ] || ip "$1" -force -batch - >/dev/null 2>&1 <<END || :
+$2
+END
 }
 
 rules() {           # LINES: all of them or none, by one nft(8); false, and $said, if it would not
     show_lines nft "$1"
-    [ -n "$dry" ] || said=$(printf '%s\n' "$1" | nft -f - 2>&1) || { said=${said%%"$newline"*}; return 1; }
+    [ -z "$dry" ] || return 0
+    said=$(nft -f - 2>&1 <<END
+$1
+END
+    ) || { said=${said%%"$newline"*}; return 1; }
 }
 
 is() {              # FAMILY ADDRESS: -6 or ip6 for one with colons, -4 or ip for others
@@ -94,14 +101,14 @@ where() {           # $head: the head of a saved file of this boot and namespace
 
 alone() {           # COMMAND...: while no other instance does so
     [ -z "$dry" ] || { "$@"; return; }
-    mkdir -p "${saved%/*}" || return
+    [ -d "${saved%/*}" ] || mkdir -p "${saved%/*}" || return
     ( ! command -v flock >/dev/null || flock 9; "$@" ) 9>>"${saved%/*}/saved.lock"
 }
 
 begin() {           # before anything is changed: from now on `down` has something to take back
     where
     [ -z "$dry" ] || return 0
-    mkdir -p "${saved%/*}" || exit 1
+    [ -d "${saved%/*}" ] || mkdir -p "${saved%/*}" || exit 1
     holds "$saved" "$head" || printf '%s\n' "$head" >"$saved" || fail "cannot write $saved"
 }
 
@@ -187,7 +194,7 @@ up() {
     batch -4 "$link${newline}addr replace ${MPT_ADDRESS4:?} dev $device${newline}link set dev $device up"
     alone forward /proc/sys/net/ipv4 || fail 'net.ipv4.ip_forward cannot be set to 1 from here'
     if [ -n "${MPT_ADDRESS6:-}" ] && has_ipv6; then
-        batch -6 "addr replace $MPT_ADDRESS6 dev $device nodad"
+        batch -6 "addr replace $MPT_ADDRESS6 dev $device"
         alone forward /proc/sys/net/ipv6 || warn 'net.ipv6.conf.all.forwarding cannot be set to 1 from here'
     fi
     admit

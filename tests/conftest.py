@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-
 @pytest.fixture
 def open_lab() -> Iterator[Opener]:
     """A function that opens labs for the time of the test."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import pytest
@@ -25,6 +24,7 @@ from tests.machines import LOOK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mptunnel.traffic import Flow
 
@@ -127,7 +127,9 @@ class Tunnel:
         assert process.poll() is None, self.log("sv")
         return process
 
-    def connect(self, *words: str, place: str = "cl", server: str = SERVER, uplinks: list[str] | None = None) -> Process:
+    def connect(
+        self, *words: str, place: str = "cl", server: str = SERVER, uplinks: list[str] | None = None
+    ) -> Process:
         """Start a client; over every uplink, unless others are given."""
         paths = self.uplinks if uplinks is None else uplinks
         dns = () if "--dns" in words else ("--dns", "keep")
@@ -184,6 +186,15 @@ class Tunnel:
         assert self.running[place].poll() is None, self.log(place)
         return time.monotonic() - begun
 
+    def wait_in(self) -> None:
+        """Wait until the server that runs now has its client, by every path."""
+
+        def is_in() -> bool:
+            (peer,) = self.status("sv").get("peers") or [{}]
+            return peer.get("state") == "up" and len(peer["paths"]) == len(self.lab.paths)
+
+        wait_until(is_in, "the client is in")
+
     def log_file(self, place: str) -> Path:
         """Return the file of a place's log."""
         return self.places / f"{place}.log"
@@ -208,16 +219,21 @@ class Tunnel:
         """Print all logs, for who has to find out; fail where a process of ours had a bug, or spoke of an error."""
         for path in self.places.glob("*.log"):
             text = path.read_text(errors="replace")
-            print(f"-- {path.name}\n{text}")  # noqa: T201
+            note(f"-- {path.name}\n{text}")
             assert "Traceback" not in text, text
             assert " error: " not in text, text
 
 
-def tell(what: str, *flows: Flow) -> None:
+def note(figure: str) -> None:
     """Print what was measured, for `pytest -rA` and for who looks after a failure."""
+    print(figure)  # noqa: T201  a figure is what the test is for
+
+
+def note_flows(what: str, *flows: Flow) -> None:
+    """Note what became of the datagrams up and down."""
     for name, flow in zip(("up", "down"), flows, strict=True):
         gap, own = flow.longest_gap() * 1e3, flow.longest_send_gap() * 1e3
-        print(  # noqa: T201  a figure is what this test is for
+        note(
             f"{what}, {name}: {flow.sent} sent, {flow.lost} lost, {flow.duplicated} twice, "
             f"longest gap {gap:.1f} ms (the sender's own {own:.1f} ms)"
         )

@@ -240,7 +240,7 @@ class Simnet:
     def kill_server(self) -> None:
         """SIGKILL: nothing is said or saved."""
         self.is_server_alive = False
-        self.held = None if self.held is None else []
+        self._lose_saves("server")
 
     def start_server(self) -> None:
         """Start it again, with what is on disk."""
@@ -254,7 +254,7 @@ class Simnet:
 
     def restart_client(self) -> None:
         """SIGKILL, and a start at once: with the server's record if that is on disk, else as at first."""
-        self.held = None if self.held is None else []
+        self._lose_saves("client")
         files = [name for name in self.saved if name.startswith("client/servers/")]
         if files:
             self.new_client(ServerRecord.from_document(self.saved[files[0]]))
@@ -262,6 +262,10 @@ class Simnet:
             was_admitted = self.token is None
             psk = PSK if was_admitted else bytes(32)
             self.new_client(ServerRecord(SERVER_PUBLIC, psk, said_hello=was_admitted), self.token)
+
+    def _lose_saves(self, side: str) -> None:
+        if self.held is not None:
+            self.held = [job for job in self.held if not job.name.startswith(side)]
 
     def stop(self, side: str) -> None:
         """A clean stop: the goodbyes go out."""

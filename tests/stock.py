@@ -8,7 +8,6 @@ gets a mount namespace of its own, so nothing of it is seen elsewhere or stays b
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import sys
@@ -25,7 +24,6 @@ from tests.running import PROGRAM, Tunnel, wait_until
 
 if TYPE_CHECKING:
     from mptunnel.lab import Lab
-    from mptunnel.traffic import Flow
 
 DEVICE: Final = "wglab"
 PORT: Final = 51820
@@ -108,7 +106,7 @@ class Stock:
     def up(self, *addresses: str, mtu: int = 1420) -> None:
         """Give the device its addresses."""
         lines = (f"addr replace {each} dev {DEVICE}" for each in addresses)
-        self._lab.ip(self._role, f"link set {DEVICE} addrgenmode none mtu {mtu} up", *lines)
+        self._lab.ip(self._role, f"link set {DEVICE} addrgenmode none mtu {mtu}", f"link set {DEVICE} up", *lines)
 
     def peer(self) -> dict[str, Any]:
         """Return what it says of its only peer; when the last handshake was (0: never), and bytes."""
@@ -253,9 +251,10 @@ class Flood:
         lab.spawn(role, [sys.executable, "-c", _FLOOD, key, str(port), str(burst), str(pause)], stderr=None)
 
 
-def start_changed(tunnel: Tunnel, place: str, change: str, *words: str) -> None:
-    """Start the program with something in it changed first by a line of Python: a constant, as a rule."""
-    source = f"{change}\nfrom mptunnel.cli import main\nmain()"
+def start_changed(tunnel: Tunnel, place: str, constants: dict[str, float], *words: str) -> None:
+    """Start the program with other values of its constants, named `module.NAME`."""
+    lines = [f"import mptunnel.{name.partition('.')[0]}; mptunnel.{name} = {constants[name]}" for name in constants]
+    source = "\n".join([*lines, "from mptunnel.cli import main", "main()"])
     with tunnel.log_file(place).open("ab") as log:
         argv = [sys.executable, "-c", source, *tunnel.command(place, *words)[len(PROGRAM) :]]
         tunnel.running[place] = tunnel.lab.spawn(place[:2], argv, stdout=log, stderr=log)
@@ -266,11 +265,6 @@ def ping(lab: Lab, role: str, address: str) -> bool:
     with contextlib.suppress(Exception):
         return "1 received" in lab.run(role, ["ping", "-c1", "-W1", address])
     return False
-
-
-def exchange(lab: Lab, address: str, far: str, seconds: float = 0.5, **how: Any) -> tuple[Flow, Flow]:
-    """Send numbered datagrams both ways, and return what became of them: up, down."""
-    return Datagrams(lab, seconds, rate=200, address=address, far=far, **how).finish()
 
 
 def check_traffic(lab: Lab, far: str, *addresses: str) -> None:
@@ -285,16 +279,6 @@ def check_traffic(lab: Lab, far: str, *addresses: str) -> None:
     for address in addresses:
         done = Download(lab, size, address=address).finish()
         assert done.sha256 == content_sha256(size), (address, done.error)
-
-
-def longest_silence(datagrams: list[Datagram]) -> float:
-    """Return the longest time between two of them."""
-    return max((after.at - before.at for before, after in itertools.pairwise(datagrams)), default=0.0)
-
-
-def wait_handshake(stock: Stock, since: float = 0.0) -> None:
-    """Wait until it has completed a handshake at or after a second of the wall clock."""
-    wait_until(lambda: stock.peer()["handshake_at"] > since, "a handshake")
 
 
 def now() -> float:

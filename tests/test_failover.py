@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mptunnel.traffic import Datagrams, Download, content_sha256, serve_web
-from tests.running import NEVER_STOOD_STILL, Maker, Tunnel, tell, until, wait_until
+from tests.running import NEVER_STOOD_STILL, Maker, Tunnel, note, note_flows, until, wait_until
 
 if TYPE_CHECKING:
     from mptunnel.traffic import Flow
@@ -18,6 +18,8 @@ pytestmark = pytest.mark.netns
 DELAYS = {"p1": 0.020, "p2": 0.060}  # one way
 SKEW = 0.040
 AGAIN = 2.5  # s: after this path 1 alone carries everything
+RUNS, ATTEMPTS = 5, 12
+QUIET = 0.010  # s: where the sender itself was held up for longer, a gap says nothing of the tunnel
 RATE = 400_000  # bytes per second of the transfer beside the datagrams
 
 
@@ -49,13 +51,13 @@ def with_skew(make_tunnel: Maker, **topology: Any) -> Tunnel:
     tunnel.begin()
     for name, delay in DELAYS.items():
         tunnel.lab.wire(name).set(delay=delay)
-    time.sleep(1.0)  # the paths learn their delays
+    time.sleep(0.6)  # the paths learn their delays
     return tunnel
 
 
 def live_through(tunnel: Tunnel, event: str, away: float, alone: float) -> tuple[Flow, Flow]:
     """Let the event happen to path 1, and then leave it alone in the world, with traffic all the time."""
-    before = 0.7
+    before = 0.5
     seconds = before + away + AGAIN + alone + 0.3
     size = int(RATE * (seconds - 1.0))
     datagrams = Datagrams(tunnel.lab, seconds)
@@ -66,8 +68,8 @@ def live_through(tunnel: Tunnel, event: str, away: float, alone: float) -> tuple
     tunnel.lab.wire("p2").cut()
     flows, done = datagrams.finish(), transfer.finish()
     tunnel.lab.wire("p2").mend()
-    tell(event, *flows)
-    print(f"{event}, transfer: longest stall {done.longest_stall() * 1e3:.0f} ms")
+    note_flows(event, *flows)
+    note(f"{event}, transfer: longest stall {done.longest_stall() * 1e3:.0f} ms")
     assert done.sha256 == content_sha256(size), done.error
     assert done.longest_stall() < 2 * NEVER_STOOD_STILL
     for flow in flows:
@@ -79,7 +81,7 @@ def live_through(tunnel: Tunnel, event: str, away: float, alone: float) -> tuple
 def test_nothing_is_lost_whatever_happens_to_a_path(make_tunnel: Maker, event: str) -> None:
     tunnel = with_skew(make_tunnel, seed=21, strict_rp_filter=event == "link down")
     serve_web(tunnel.lab)
-    for flow in live_through(tunnel, event, away=1.2, alone=0.7):
+    for flow in live_through(tunnel, event, away=1.0, alone=0.6):
         assert flow.longest_stall() < NEVER_STOOD_STILL
 
 
@@ -88,13 +90,18 @@ def test_nothing_is_lost_whatever_happens_to_a_path(make_tunnel: Maker, event: s
 def test_no_gap_is_longer_than_the_skew_of_the_paths(make_tunnel: Maker, event: str) -> None:
     tunnel = with_skew(make_tunnel, seed=22, strict_rp_filter=True)
     serve_web(tunnel.lab)
-    gaps = []
-    for _ in range(5):
+    gaps: list[float] = []
+    for _ in range(ATTEMPTS):
         flows = live_through(tunnel, event, away=4.0, alone=2.5)
-        gaps.append(max(flow.longest_stall() for flow in flows))
+        if all(flow.longest_send_gap() < QUIET for flow in flows):
+            gaps.append(max(flow.longest_stall() for flow in flows))
+        if len(gaps) == RUNS:
+            break
         tunnel.wait_up()
-    print(f"{event}: longest gaps in ms {', '.join(f'{gap * 1e3:.1f}' for gap in sorted(gaps))}")
-    assert sorted(gaps)[3] <= SKEW + 0.005
+    else:
+        pytest.skip(f"other programs kept this machine busy: only {len(gaps)} of {ATTEMPTS} runs can be judged")
+    note(f"{event}: longest gaps in ms {', '.join(f'{gap * 1e3:.1f}' for gap in sorted(gaps))}")
+    assert sorted(gaps)[RUNS - 2] <= SKEW + 0.005
     assert max(gaps) <= SKEW + 0.020
 
 
@@ -107,10 +114,10 @@ def test_chance_has_to_hit_both_paths(make_tunnel: Maker, loss: float) -> None:
     for name in ("p1", "p2"):
         tunnel.lab.wire(name).set(loss=loss, delay=0.005)
     flows = Datagrams(tunnel.lab, 4.0, rate=1500).finish()
-    tell(f"{loss:.0%} on each path", *flows)
+    note_flows(f"{loss:.0%} on each path", *flows)
     sent, lost = sum(flow.sent for flow in flows), sum(flow.lost for flow in flows)
     expected = sent * loss**2
-    print(f"{loss:.0%} on each path: {lost} of {sent} lost, {lost / sent:.2%}; expected {expected:.0f}")
+    note(f"{loss:.0%} on each path: {lost} of {sent} lost, {lost / sent:.2%}; expected {expected:.0f}")
     assert abs(lost - expected) < 5 * expected**0.5
     for name in ("p1", "p2"):
         tunnel.lab.wire(name).set(loss=0.0)

@@ -111,13 +111,14 @@ def test_who_is_logged_in_over_an_uplink_stays_so(make_tunnel: Maker) -> None:
     assert sshd.stdout
     sshd.stdout.readline()
     session = lab.spawn("inet", [sys.executable, "-c", SSH, lab.public_address(1)], stdin=pipe, stdout=pipe, text=True)
-    assert session.stdin
-    assert session.stdout
+    asked, answered = session.stdin, session.stdout
+    assert asked
+    assert answered
 
     def say(words: str) -> str:
-        session.stdin.write(words + "\n")
-        session.stdin.flush()
-        return str(session.stdout.readline())
+        asked.write(words + "\n")
+        asked.flush()
+        return str(answered.readline())
 
     assert say("before") == "before\n"
     tunnel.begin()

@@ -14,7 +14,7 @@ from mptunnel import noise
 from mptunnel.config import decode_key
 from mptunnel.lab import SERVER
 from mptunnel.traffic import Datagrams
-from tests.running import Maker, Tunnel, tell, wait_until
+from tests.running import Maker, Tunnel, note, note_flows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,13 +173,13 @@ def check_that_mutations_do_nothing(tunnel: Tunnel, count: int, rate: float) -> 
     process = flood(tunnel, lines, rate)
     flows = beside.finish()
     assert answers_to(process) == 0
-    tell("beside a flood", *flows)
+    note_flows("beside a flood", *flows)
     for flow in flows:
         assert (flow.lost, flow.duplicated) == (0, 0)
     assert state_of(tunnel) == before
     assert tunnel.status("sv")["peers"][0]["session_age"] > session_age, "the same session"
     more = {kind: number - counted.get(kind, 0) for kind, number in drops(tunnel).items()}
-    print(f"{count} mutated datagrams: {more}")
+    note(f"{count} mutated datagrams: {more}")
     for kind in ("malformed datagram", "wrong mac1", "unknown index", "not authentic"):
         assert more.get(kind, 0) > count / 100, kind
     assert sum(more.values()) >= count, "each is counted"
@@ -209,7 +209,7 @@ def test_replays_and_strangers_get_no_answer_and_change_nothing(make_tunnel: Mak
     assert answers_to(flood(tunnel, lines, 100.0)) == 0
     assert state_of(tunnel) == before
     more = {kind: number - counted.get(kind, 0) for kind, number in drops(tunnel).items()}
-    print(f"{len(lines)} replays and strangers: {more}")
+    note(f"{len(lines)} replays and strangers: {more}")
     assert more["initiation replayed"] > 0
     assert more["duplicate"] > 0
     assert sum(more.values()) >= len(lines)

@@ -46,9 +46,10 @@ BY_ONE = ("-i", "p1", "--dns", "keep")
 BY_TWO = ("-i", "p1", "-i", "p2", "--dns", "keep")
 SOCKETS = Path("/var/run/wireguard")
 
-# Constants of our program made small: a rekey after 1 s of use; silence noticed after 2.5 s, initiations every 2 s.
-HASTY_REKEY = "import mptunnel.session as s, mptunnel.serverpeer as p; s.REKEY_AFTER_TIME = p.REKEY_TIMEOUT = 1.0"
-HASTY_DOUBT = "import mptunnel.timers as t, mptunnel.peer as p; t.KEEPALIVE_TIMEOUT = 0.5; t.REKEY_TIMEOUT = p.REKEY_TIMEOUT = 2.0"
+# Constants of our program made small: a rekey after 1 s of use; HELLO every 100 ms; silence noticed after 2.5 s.
+HASTY_REKEY = {"session.REKEY_AFTER_TIME": 1.0, "serverpeer.REKEY_TIMEOUT": 1.0}
+HASTY_HELLO = {"serverpeer.HELLO_INTERVAL": 0.1}
+HASTY_DOUBT = {"timers.KEEPALIVE_TIMEOUT": 0.5, "timers.REKEY_TIMEOUT": 2.0, "peer.REKEY_TIMEOUT": 2.0}
 
 outside = pytest.mark.parametrize(("outside", "with_psk"), [(4, True), (6, False)], ids=["4-psk", "6"])
 
@@ -128,12 +129,11 @@ def test_a_phone_may_roam(tunnel: Tunnel) -> None:
         lambda: tunnel.lab.flush_nat(1),
         lambda: phone.wg("set", DEVICE, "listen-port", "40000"),
         lambda: (phone.go_by(2), tunnel.lab.link(1, up=False)),
-        lambda: tunnel.lab.renumber(2),
     ):
         move()
         wait_until(lambda: as_peer(tunnel)["endpoint"] != seen[-1], "the phone is seen elsewhere")
         seen.append(as_peer(tunnel)["endpoint"])
-    assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 1, 2, 2)]
+    assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 1, 2)]
     assert all(map(nearly_all_arrived, datagrams.finish()))
     assert phone.handshakes() == 1
 
@@ -142,6 +142,7 @@ def test_a_phone_is_reached_by_what_its_keepalives_show(tunnel: Tunnel) -> None:
     tunnel.serve()
     phone = phone_of(tunnel)
     watch = Watch(tunnel, OURS)
+    phone.set_peer(phone.server_key, "persistent-keepalive", "off")
     phone.set_peer(phone.server_key, "persistent-keepalive", "1")
     begun = now()
     wait_until(lambda: len(watch.up(DATA)) >= 3, "keepalives")
@@ -172,12 +173,9 @@ def test_a_phone_comes_through_with_a_cookie_while_our_server_is_under_load(tunn
 # -- a provider: our client of wireguard-go ----------------------------------------------------------------------
 
 
-def go_through(tunnel: Tunnel, file: str, *words: str, change: str = "") -> None:
+def go_through(tunnel: Tunnel, file: str, *words: str, change: dict[str, float] | None = None) -> None:
     """Start our client with a provider's file, and wait for the tunnel."""
-    if change:
-        start_changed(tunnel, "cl", change, "--wireguard", file, *words)
-    else:
-        tunnel.start("cl", "--wireguard", file, *words)
+    start_changed(tunnel, "cl", change or {}, "--wireguard", file, *words)
     wait_until(lambda: tunnel.status().get("state") == "up", "the tunnel is up")
     wait_until(lambda: ping(tunnel.lab, "cl", Provider.ADDRESSES[0]), "the provider answers")
 
@@ -286,17 +284,15 @@ def test_with_a_stock_server_the_second_path_takes_over_when_the_first_one_goes(
 def test_with_a_stock_server_the_second_path_is_tried_when_the_first_one_dies_silently(tunnel: Tunnel) -> None:
     lab = tunnel.lab
     provider = Provider(tunnel)
-    watch = Watch(tunnel, PORT)
     go_through(tunnel, provider.configuration(STOCK4), *BY_TWO, change=HASTY_DOUBT)
-    datagrams = to_provider(tunnel, 5.0)
+    datagrams = to_provider(tunnel, 4.5)
     lab.wire("p1").cut()
     begun = now()
-    wait_until(lambda: provider.answers() == 2, "a handshake by the second path")
-    assert {each.source[0] for each in watch.up(INITIATION, since=begun)} == {lab.public_address(2)}
+    wait_until(lambda: seen_at(provider) == lab.public_address(2), "the second path is used")
+    assert now() - begun < 4.3, "once the silence is noticed, the first thing sent goes by the other path"
     _, down = datagrams.finish()
-    assert down.longest_gap() < 4.3, "the first handshake after the silence was by the other path"
-    lab.wire("p1").mend()
-    assert to_provider(tunnel, 0.5).finish()[0].lost == 0
+    assert down.longest_gap() < 4.3
+    assert provider.answers() == 1, "the session goes on"
 
 
 def test_our_hellos_do_not_disturb_a_stock_server(tunnel: Tunnel) -> None:
@@ -304,10 +300,10 @@ def test_our_hellos_do_not_disturb_a_stock_server(tunnel: Tunnel) -> None:
     provider = Provider(tunnel)
     provider.admit(tunnel.must("cl", "pubkey").strip())
     watch = Watch(tunnel, PORT)
-    tunnel.start("cl", "-c", STOCK4, "--server-key", provider.public, *BY_TWO)
+    start_changed(tunnel, "cl", HASTY_HELLO, "-c", STOCK4, "--server-key", provider.public, *BY_TWO)
     wait_until(lambda: tunnel.status().get("state") == "up", "the tunnel is up")
     lab.ip("cl", f"addr add 10.9.0.2/32 peer {provider.ADDRESSES[0]} dev mpt0", "link set mpt0 up")
-    datagrams = to_provider(tunnel, 11.0)
+    datagrams = to_provider(tunnel, 3.0)
     tunnel.wait_log("cl", "taking it for a stock WireGuard server")
     flows = datagrams.finish()
     assert [(flow.lost, flow.duplicated) for flow in flows] == [(0, 0), (0, 0)]

@@ -101,8 +101,9 @@ def test_a_token_that_was_taken_back_or_has_expired_is_refused(make_tunnel: Make
 def test_a_bare_server_leaves_a_token_in_a_file_until_it_is_spent(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=44)
     tunnel.serve()
-    assert "--join @join-token" in tunnel.log("sv")
     path = tunnel.places / "sv" / "state" / "server" / "join-token"
+    assert "mptunnel -c SERVER --join" in tunnel.log("sv")
+    assert str(path) in tunnel.log("sv")
     text = path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
     assert text.strip() not in tunnel.log("sv"), "a log is no place for a token"
@@ -134,7 +135,7 @@ def test_whoever_cannot_reach_the_server_gives_up_joining_after_fifteen_seconds(
 
 
 def changed(path: Path) -> Callable[[], bool]:
-    """Return a question: is this file another one than now (has this directory one)?"""
+    """Return whether this file has become another one since now, or this directory has got one, as a question."""
 
     def inode() -> int:
         try:
@@ -148,16 +149,6 @@ def changed(path: Path) -> Callable[[], bool]:
     return lambda: inode() not in {before, 0} and not (path.is_dir() and inode() == path.stat().st_ino)
 
 
-def wait_until_in(tunnel: Tunnel) -> None:
-    """Wait until the server that runs now has the client, by every path."""
-
-    def is_in() -> bool:
-        (peer,) = tunnel.status("sv")["peers"] or [{}]
-        return peer.get("state") == "up" and len(peer["paths"]) == len(tunnel.lab.paths)
-
-    wait_until(is_in, "the client is in")
-
-
 @pytest.mark.parametrize("file", ["sv/state/server/peers", "sv/state/server/tokens", "cl/state/client/servers"])
 def test_a_server_killed_while_somebody_joins_lets_him_in_when_it_is_back(make_tunnel: Maker, file: str) -> None:
     tunnel = make_tunnel(seed=46)
@@ -169,7 +160,7 @@ def test_a_server_killed_while_somebody_joins_lets_him_in_when_it_is_back(make_t
     server.wait()
     assert tunnel.running["cl"].poll() is None
     tunnel.serve()
-    wait_until_in(tunnel)
+    tunnel.wait_in()
     assert set(tokens(tunnel).values()) == {"spent"}
     assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
@@ -203,7 +194,7 @@ def test_a_server_that_cannot_save_admits_nobody_until_it_can(make_tunnel: Maker
     tunnel.wait_up()
     tunnel.kill("sv")
     tunnel.serve()
-    wait_until_in(tunnel)
+    tunnel.wait_in()
     assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
 

@@ -236,6 +236,17 @@ def test_an_unasked_echo_shows_the_way_down_and_not_the_way_up() -> None:
     assert path.echoed == 5
 
 
+def test_data_and_copies_that_come_in_answer_no_probe() -> None:
+    path = client_path()
+    path.echo_received(probe(path, 0.0).seq, 1, 0.0, 1, 1, 0.1)
+    path.answered(0.1)
+    for n in range(5):
+        probe(path, 1.0 + n / 4)
+        path.received(100, 100_000, 1452)
+    assert (path.heard_at, path.unanswered, path.silent_since) == (0.1, 5, 1.0)
+    assert path.fell_silent(2.0)
+
+
 def test_a_silent_path_gets_copies_for_30_seconds() -> None:
     path = client_path()
     assert not path.is_silent(1e9)

@@ -1,234 +1,516 @@
-"""What a peer owes beyond delivery: sizes that pass, counts that are true, limits that hold."""
+"""One remote party: batches, sessions, handshakes and WireGuard's timers, held against a WireGuard by the book."""
 
 from __future__ import annotations
 
+import gc
 import random
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from simnet import CLIENT_PUBLIC, TARGET, Simnet, Wire, ipv4, stranger
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mptunnel.messages import INITIATION, Capability, Challenge, Control, Hello
-from mptunnel.path import MAX_ANSWERS, PathState
-from mptunnel.serverpeer import MTU_STEPS
+from mptunnel import noise
+from mptunnel.messages import INITIATION, OVERHEAD, RESPONSE, TRANSPORT
+from mptunnel.peer import MAX_RUN, MAX_SEGMENTS, MAX_STAGED, IndexTable
+from mptunnel.session import REJECT_AFTER_MESSAGES
+from tests.bookpeer import BookPeer
+from tests.simnet import (
+    CLIENT_KEY,
+    PSK,
+    SERVER_PUBLIC,
+    TARGET,
+    TUNNEL4,
+    Simnet,
+    Traffic,
+    Wire,
+    ipv4,
+    snapshot,
+    stranger,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from mptunnel.clientpeer import ClientPeer
     from mptunnel.events import Transmit
 
-CLIENT = "10.0.1.2"
+CLIENT = str(TUNNEL4[2])
+DOWN = ipv4(TARGET, CLIENT, b"down")
+UP = ipv4(CLIENT, TARGET, b"up")
 
 
-def up(payload: bytes = b"x") -> bytes:
-    return ipv4(CLIENT, TARGET, payload)
+def stock(*wires: Wire, **more: Any) -> Simnet:
+    """Our server and a stock client on the first of its wires."""
+    client = BookPeer(CLIENT_KEY, SERVER_PUBLIC, PSK, endpoint=0, **more)
+    return Simnet(*wires, stock_client=client)
 
 
-def down(payload: bytes = b"x") -> bytes:
-    return ipv4(TARGET, CLIENT, payload)
+def book(net: Simnet) -> BookPeer:
+    assert isinstance(net.client_side, BookPeer)
+    return net.client_side
 
 
-def turns(net: Simnet, seconds: float, packets: int = 3) -> Iterator[None]:
-    """Let `packets` go each way every 50 ms, and stop by after each time."""
-    for _ in range(round(seconds * 20)):
-        net.client_sends(*[up()] * packets)
-        net.server_sends(*[down()] * packets)
-        net.run(0.05)
-        yield
+def at_endpoint(net: Simnet) -> Any:
+    return net.guest.endpoint
 
 
-def busy(net: Simnet, seconds: float, packets: int = 3) -> None:
-    for _ in turns(net, seconds, packets):
-        pass
+# -- indices and batches ---------------------------------------------------------------------------------------------
 
 
-# -- MTU ---------------------------------------------------------------------------------------------------
+def test_an_index_is_never_given_twice() -> None:
+    rng = random.Random(1)
+    table = IndexTable(lambda n: (rng.getrandbits(4)).to_bytes(n, "little"))
+    peer: Any = object()
+    given = {table.new(peer) for _ in range(16)}
+    assert given == set(range(16))
+    table.drop(7)
+    assert table.find(7) is None
+    assert table.new(peer) == 7
+    assert table.find(7) == (peer, None)
 
 
-@pytest.mark.parametrize("mtu", MTU_STEPS)
-def test_a_path_carries_what_passes_to_the_byte_and_is_never_called_down_for_what_does_not(mtu: int) -> None:
-    net = Simnet(Wire(largest=mtu + 32), Wire(delay=0.06))
-    net.run(2.0)
-    since = [path.since for path in net.peer.paths.values()]
-    busy(net, 3.0 + 2.5 * MTU_STEPS.index(mtu), packets=1)  # each step down takes five tries
-    assert [path.carries for path in net.peer.paths.values()] == [mtu, 1420]
-    assert [path.since for path in net.peer.paths.values()] == since
-    assert net.peer.tunnel_mtu == net.guest.tunnel_mtu == mtu
-    net.run(1.0)
-    lost = dict(net.wires[0].counts)
-    full = bytes(mtu - 20)
-    net.client_sends(up(full), up(full[:-7]), up(full[:-1]))
-    net.server_sends(down(full), down(full[:-7]), down(full[:-1]))
-    net.run(1.0)
-    assert (net.wires[0].counts["lost_up"], net.wires[0].counts["lost_down"]) == (lost["lost_up"], lost["lost_down"])
+def test_at_most_four_indices_of_a_peer_are_alive() -> None:
+    net = Simnet(Wire(delay=0.01), Wire(delay=0.3))
+    for turn in range(8):
+        net.after(17.0 * turn, net.restart_client)
+        net.after(17.0 * turn + 3.0, lambda: net.wires[0].__setattr__("cuts_down", True))
+        net.after(17.0 * turn + 9.0, lambda: net.wires[0].__setattr__("cuts_down", False))
+    for _ in range(280):
+        net.run(0.5)
+        assert len(net.server.identity.indices) <= 4
+        assert len(net.client.identity.indices) <= 4
 
 
-def test_a_path_that_does_not_even_carry_1280_stays_up_for_what_it_carries() -> None:
-    net = Simnet(Wire(largest=1300), Wire(delay=0.06))
-    net.run(2.0)
-    since = net.peer.paths[0].since
-    busy(net, 30.0, packets=1)
-    path = net.peer.paths[0]
-    assert (path.state, path.since, path.carries) == (PathState.UP, since, 0)
-    assert net.peer.tunnel_mtu == 1420
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 1400), min_size=1, max_size=150))
+def test_a_batch_of_packets_of_any_lengths_arrives_whole_and_in_order(lengths: list[int]) -> None:
+    net = BUSY
+    seen = len(net.at_server), len(net.at_client)
+    ups = [ipv4(CLIENT, TARGET, bytes([number & 255]) * length) for number, length in enumerate(lengths)]
+    downs = [ipv4(TARGET, CLIENT, bytes([number & 255]) * length) for number, length in enumerate(lengths)]
+    net.client_sends(*ups)
+    net.server_sends(*downs)
+    net.run(0.1)
+    assert [packet for _, packet in net.at_server[seen[0] :]] == ups
+    assert [packet for _, packet in net.at_client[seen[1] :]] == downs
 
 
-# -- what is counted ---------------------------------------------------------------------------------------
+BUSY = Simnet(Wire(), Wire(delay=0.03))
+BUSY.run(3.0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_each_path_says_exactly_what_its_wire_lost(seed: int) -> None:
-    net = Simnet(Wire(delay=0.02), Wire(delay=0.06), Wire(delay=0.3), seed=seed)
+def test_a_batch_is_sealed_once_in_runs_that_one_system_call_can_send() -> None:
+    net = Simnet(Wire(), Wire())
     net.run(3.0)
-    for wire in net.wires:
-        wire.loss_up, wire.loss_down = 0.2, 0.1
-    busy(net, 6.0)
-    for wire in net.wires:
-        wire.loss_up = wire.loss_down = 0.0
-    busy(net, 2.0)
-    for number, wire in enumerate(net.wires):
-        path, theirs = net.peer.paths[number], net.guest.paths[number]
-        assert path.loss_up.lost == theirs.loss_up.lost == wire.counts["lost_up"] > 20
-        assert path.loss_down.lost == wire.counts["lost_down"] > 10
-
-
-def test_a_path_that_was_dead_until_the_server_forgot_it_says_what_it_lost() -> None:
-    net = Simnet()
-    net.run(3.0)
-    busy(net, 3.0)
-    net.wires[0].is_cut = True
-    busy(net, 40.0, packets=1)
-    assert 0 not in net.guest.paths
-    net.wires[0].is_cut = False
-    busy(net, 4.0)
-    path = net.peer.paths[0]
-    assert path.state is PathState.UP
-    assert (
-        0 <= path.loss_up.lost - net.wires[0].counts["lost_up"] <= 18
-    )  # what came since the last ECHO, it had to forget
-    assert (path.loss_up.recent(), path.loss_down.recent()) == (0.0, 0.0)
-    assert path.echoed <= net.guest.paths[0].number
-
-
-def test_an_address_that_changes_under_a_busy_path_is_no_loss_upwards() -> None:
-    net = Simnet(Wire(delay=0.1), Wire(delay=0.1))
-    net.run(3.0)
-    busy(net, 3.0, packets=20)
-    net.flush_nat(0)
-    busy(net, 3.0, packets=20)
-    assert (net.peer.paths[0].loss_up.lost, net.guest.paths[0].loss_up.lost) == (0, 0)
-    assert net.peer.paths[0].loss_down.lost == net.wires[0].counts["lost_down"] or net.astray
-
-
-def test_receipts_see_no_loss_and_no_gap_in_a_rekey() -> None:
-    net = Simnet()
-    net.run(3.0)
-    serial = net.guest.current.serial if net.guest.current else 0
-    for _ in turns(net, 130.0, packets=2):
-        assert (net.guest.receipts.lost, net.peer.receipts.lost) == (0, 0)
-    assert net.guest.current is not None
-    assert net.guest.current.serial > serial
-    assert (net.guest.receipts.longest_gap, net.peer.receipts.longest_gap) == (0.0, 0.0)
-
-
-# -- whatever a peer says ----------------------------------------------------------------------------------
-
-
-def plaintexts(seed: int, count: int) -> Iterator[bytes]:
-    """Yield what a peer of ill will may seal: any bytes, often shaped like something that is known."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        body = rng.randbytes(rng.choice((0, 1, 2, 3, 7, 15, 16, 19, 20, 39, 40, 64, 72, 200)))
-        shape = rng.randrange(4)
-        if shape == 0 and body:
-            body = bytes((rng.randrange(16), rng.randrange(9))) + body[2:]
-        elif shape == 1:
-            body = b"\x45\0" + len(body).to_bytes(2, "big") + body[4:]
-        elif shape == 2:
-            body = up(body)[: rng.randrange(1, 40)]
-        yield body
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_whatever_an_admitted_peer_seals_the_other_lives_and_serves_on(seed: int) -> None:
-    net = Simnet()
-    net.run(3.0)
-    for side, sender in (("up", net.peer), ("down", net.guest)):
-        for plain in plaintexts(seed, 1500):
-            session = sender.current
-            assert session is not None
-            good = up(b"good") if side == "up" else down(b"good")
-            run = [session.seal(good, len(good)), session.seal(plain, len(plain))]
-            inbox: list[object] = []
-            for datagrams in [b"".join(run)] if len(plain) <= len(good) else run:
-                receiver = net.server if side == "up" else net.client
-                source = net.source(0) if side == "up" else 0
-                receiver.receive(memoryview(datagrams), len(run[0]), source, net.now, inbox)  # type: ignore[arg-type]
-            assert bytes(inbox[0]) == good  # type: ignore[call-overload]
-    net.restart_client()
-    net.run(3.0)
-    before = len(net.at_server)
-    net.client_sends(up(b"still there"))
-    net.run(1.0)
-    assert len(net.at_server) == before + 1
-
-
-def test_no_more_than_256_hellos_and_challenges_are_answered_in_a_second() -> None:
-    net = Simnet()
-    net.run(3.0)
-    net.run(1.0 - net.now % 1.0)
-    ours, theirs = net.peer.current, net.guest.current
-    assert ours is not None
-    assert theirs is not None
-    hello = Hello(False, 1, 1, Capability.MULTIPATH, net.client._instance, 1280, 0, 2, 9).encode()
-    for source in (net.source(0), stranger()):
-        for _ in range(MAX_ANSWERS + 50):
-            datagram = ours.seal(hello)
-            net.server.receive(memoryview(datagram), len(datagram), source, net.now, [])
-        assert len(net.server.transmits()) <= 2 * MAX_ANSWERS
-    challenge = Challenge(0, net.peer.paths[0].incarnation, bytes(16)).encode(Control.CHALLENGE)
-    for _ in range(MAX_ANSWERS + 50):
-        datagram = theirs.seal(challenge)
-        net.client.receive(memoryview(datagram), len(datagram), 0, net.now, [])
-    assert len(net.client.transmits()) == MAX_ANSWERS
-
-
-# -- handshakes with a stock peer --------------------------------------------------------------------------
-
-
-def test_a_stock_peer_that_does_not_answer_is_called_20_times_and_then_no_more() -> None:
-    net = Simnet(down=(0, 1))
-    guest = net.server._peer_of(CLIENT_PUBLIC, net.now)
-    assert guest is not None
-    guest.endpoint = stranger()
+    packets = [ipv4(CLIENT, TARGET, bytes(length)) for length in [1400] * 200 + [5] + [1380] * 3 + [100, 90, 80, 1400]]
+    counter = net.peer.current.counter if net.peer.current else 0
     out: list[Transmit] = []
-    guest.send([down()], net.now, out)
-    times = [net.now]
-    while (now := guest.next_deadline()) < net.now + 200.0:
-        before = len(out)
-        guest.handle_timeout(now, out)
-        times += [now] * (len(out) - before)
-    assert len(out) == 20
-    assert all(transmit.data[0] == INITIATION for transmit in out)
-    assert all(5.0 <= later - earlier <= 5.334 for earlier, later in pairwise(times))
-    assert len({bytes(transmit.data[8:40]) for transmit in out}) == 20
+    net.peer.send(packets, net.now, out)
+    assert net.peer.current is not None
+    assert net.peer.current.counter - counter == len(packets)
+    first, second = ([t for t in out if t.to == way] for way in (0, 1))
+    assert [bytes(t.data) for t in first] == [bytes(t.data) for t in second]
+    for transmit in out:
+        assert len(transmit.data) <= MAX_RUN
+        assert -(-len(transmit.data) // transmit.size) <= MAX_SEGMENTS
+    assert sum(-(-len(t.data) // t.size) for t in first) == len(packets)
 
 
-def test_whoever_has_answered_an_initiation_does_not_call_for_5_s() -> None:
-    net = Simnet(Wire(cuts_down=True))
-    net.run(0.1)  # the server has answered, and its answer is lost
-    net.server_sends(down())
-    net.run(4.0)
-    assert not net.sent(1, "down")
-    assert not [datagram for datagram in net.to_strangers() if datagram[0] == INITIATION]
-
-
-def test_a_datagram_too_big_for_a_path_that_is_closed_keeps_nobody_busy() -> None:
-    net = Simnet()
-    net.run(3.0)
-    net.set_link(0, up=False)
-    net.client.not_sent(0, 1, 1452, "EMSGSIZE", net.now)
-    net.peer.paths[0].received(40, 64_000, 1452)
+def test_a_hundred_and_twenty_eight_packets_wait_for_a_session_and_the_oldest_yield() -> None:
+    net = Simnet(Wire(), server_starts=False)
+    packets = [ipv4(CLIENT, TARGET, number.to_bytes(2, "big")) for number in range(MAX_STAGED + 22)]
+    for packet in packets:
+        net.client_sends(packet)
+    net.start_server()
     net.run(1.0)
-    assert net.client.next_deadline() > net.now
+    assert [packet for _, packet in net.at_server] == packets[22:]
+    assert net.client.drops["staged too long"] == 22
+
+
+def test_fifty_thousand_packets_leave_no_garbage_to_collect() -> None:
+    net = Simnet(Wire(), Wire(delay=0.03))
+    net.run(3.0)
+    ups = [ipv4(CLIENT, TARGET, bytes(100))] * 250
+    downs = [ipv4(TARGET, CLIENT, bytes(100))] * 250
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(100):
+            net.client_sends(*ups)
+            net.server_sends(*downs)
+            net.deliver(bytes([turn]) * (turn + 1), stranger())  # errors leave none either
+            net.deliver(bytes([4, 0, 0, 0]) + net.log[-1][3][4:60], stranger())
+            net.run(0.1)
+            if turn % 20 == 10:
+                net.flush_nat(turn % 2)
+        assert len(net.at_server) == len(net.at_client) == 25_000
+        net.log.clear()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_responder_sends_nothing_under_a_session_that_is_not_confirmed() -> None:
+    net = stock(Wire())
+    net.tap = lambda side, number, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
+    net.client_sends(UP)
+    net.run(1.0)
+    assert net.guest.next is not None
+    net.server_sends(DOWN)
+    net.run(1.0)
+    assert net.sent(TRANSPORT, "down") == []
+    net.tap = None
+    net.client_sends(UP)  # it has a session, and this confirms it
+    net.run(1.0)
+    assert [packet for _, packet in net.at_client] == [DOWN]
+
+
+def test_late_copies_of_the_previous_session_are_taken_and_older_ones_are_not() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    first = net.peer.current
+    assert first is not None
+    kept = [first.seal(UP) for _ in range(2)]
+    Traffic(net, rate=2).run(120.0)
+    assert net.peer.current is not first
+    before = len(net.at_server)
+    net.deliver(kept[0], net.source(0))
+    assert len(net.at_server) == before + 1
+    Traffic(net, rate=2).run(121.0)
+    net.deliver(kept[1], net.source(0))
+    assert net.server.drops["unknown index"] == 1
+
+
+def test_no_key_is_used_or_taken_after_180_s() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    old = net.peer.current
+    assert old is not None
+    kept = old.seal(UP)
+    net.wires[0].is_cut = True
+    net.run(179.0 - 3.0)
+    net.client_sends(UP)
+    assert net.log[-1][3][4:8] == old.remote_index.to_bytes(4, "little")
+    net.run(2.0)
+    since, inside = net.now, len(net.at_server)
+    net.client_sends(UP)
+    net.server_sends(DOWN)
+    net.run(1.0)
+    assert net.sent(TRANSPORT, "up", None, since) == []
+    assert net.sent(TRANSPORT, "down", None, since) == []
+    net.deliver(kept, net.source(0))
+    assert len(net.at_server) == inside
+    assert net.server.drops["key too old"] == 1
+
+
+def test_nothing_is_left_540_s_after_the_last_handshake() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    net.wires[0].is_cut = True
+    net.run(530.0)
+    assert net.peer.current is not None
+    assert net.guest.current is not None
+    net.run(10.0)
+    assert net.peer.current is net.peer.previous is net.guest.current is net.guest.previous is None
+    net.wires[0].is_cut = False
+    net.run(60.0)
+    assert net.peer.current is not None
+
+
+def test_a_session_ends_before_its_counter_does() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    session = net.peer.current
+    assert session is not None
+    session.counter = REJECT_AFTER_MESSAGES
+    net.client_sends(UP)
+    net.run(2.0)
+    assert net.peer.current is not session
+    assert [packet for _, packet in net.at_server] == [UP]
+
+
+def test_a_corrupted_copy_does_not_keep_the_good_one_out() -> None:
+    net = Simnet(Wire(delay=0.01), Wire(delay=0.03))
+    net.run(3.0)
+    net.tap = lambda side, number, datagram: (
+        datagram[:20] + bytes([datagram[20] ^ 1]) + datagram[21:] if number == 0 and len(datagram) > 40 else datagram
+    )
+    traffic = Traffic(net)
+    traffic.run(2.0)
+    assert traffic.is_whole()
+    assert net.server.drops["not authentic"] >= 200
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        b"\x45" + bytes(18),
+        b"\x45\x00\x00\x40" + bytes(28),
+        b"\x60" + bytes(31),
+        b"\x42" + bytes(31),
+        b"\x10" + bytes(47),
+        b"\xff" + bytes(31),
+    ],
+)
+def test_what_is_no_whole_ip_packet_is_dropped_and_counted(plain: bytes) -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    assert net.peer.current is not None
+    net.deliver(net.peer.current.seal(plain), net.source(0))
+    assert net.at_server == []
+    assert net.server.drops["malformed IP packet"] == 1
+
+
+def test_a_control_message_that_is_cut_short_is_counted_and_does_nothing() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    assert net.peer.current is not None
+    for kind in range(1, 16):
+        net.deliver(net.peer.current.seal(bytes([kind]) + bytes(6)), net.source(0))
+    assert net.server.drops["malformed control message"] == 3  # PROBE, RESPONSE, HELLO; 16 bytes are enough for CLOSE
+    assert net.server.drops["unknown control message"] == 11
+
+
+# -- handshakes ------------------------------------------------------------------------------------------------------
+
+
+def first_initiation(net: Simnet) -> bytes:
+    return net.sent(INITIATION, "up")[0][1]
+
+
+def test_an_identical_initiation_is_answered_again_for_5_s_with_the_same_bytes() -> None:
+    net = Simnet(Wire())
+    net.run(1.0)
+    initiation = first_initiation(net)
+    responses = {datagram for _, datagram in net.sent(RESPONSE, "down")}
+    assert len(responses) == 1
+    serial = net.guest._serial
+    for number in range(20):
+        net.deliver(initiation, stranger(number))
+        net.turn()
+    assert set(net.to_strangers()) == responses
+    assert len(net.to_strangers()) == 20
+    assert net.guest._serial == serial
+    net.run(4.1)
+    net.deliver(initiation, stranger(50))
+    net.turn()
+    assert net.to_strangers(stranger(50)) == []
+    assert net.server.drops["initiation replayed"] == 1
+
+
+def test_a_copy_that_differs_in_mac2_only_is_answered_too_and_in_anything_else_not() -> None:
+    net = Simnet(Wire())
+    net.run(0.5)
+    initiation = first_initiation(net)
+    net.deliver(initiation[:-16] + b"\x07" * 16, stranger(1))
+    net.turn()
+    assert len(net.to_strangers(stranger(1))) == 1
+    for at in (5, 40, 90, 115):
+        changed = initiation[:at] + bytes([initiation[at] ^ 1]) + initiation[at + 1 : 116]
+        message = changed + noise.mac(net.server.key.mac1_key, changed) + bytes(16)
+        net.deliver(message, stranger(2))
+        net.turn()
+    assert net.to_strangers(stranger(2)) == []
+
+
+def test_a_second_initiation_within_20_ms_is_refused() -> None:
+    net = stock(Wire())
+    book(net)._initiate(net.now)
+    first = book(net).transmits()[0].data
+    book(net)._initiate(net.now)
+    second = book(net).transmits()[0].data
+    net.deliver(bytes(first), net.source(0))
+    net.turn()
+    net.run(0.01)
+    net.deliver(bytes(second), net.source(0))
+    net.turn()
+    assert net.server.drops["initiation too soon"] == 1
+    net.run(0.02)
+    net.deliver(bytes(second), net.source(0))
+    net.turn()
+    assert len(net.sent(RESPONSE, "down")) == 2
+
+
+def test_an_older_initiation_is_refused() -> None:
+    net = stock(Wire())
+    book(net)._initiate(net.now)
+    first = bytes(book(net).transmits()[0].data)
+    book(net)._initiate(net.now)
+    second = bytes(book(net).transmits()[0].data)
+    for message in (second, first):
+        net.deliver(message, net.source(0))
+        net.turn()
+        net.run(1.0)
+    assert net.server.drops["initiation replayed"] == 1
+
+
+def test_an_initiation_replayed_after_a_restart_never_becomes_a_session_in_use() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    net.restart_server()
+    net.is_client_awake = False
+    net.deliver(first_initiation(net), stranger())
+    net.turn()
+    net.server_sends(DOWN)
+    net.run(4.0)
+    assert net.guest.current is None
+    assert {datagram[0] for datagram in net.to_strangers()} == {RESPONSE}
+
+
+# -- stock peers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stock_client_gets_one_copy_and_loses_nothing_over_rekeys() -> None:
+    net = stock(Wire())
+    traffic = Traffic(net, rate=20)
+    traffic.run(400.0)
+    assert traffic.is_whole()
+    assert book(net).sessions_made == 4
+    assert book(net).foreign == []  # no control message comes to one who said no HELLO
+    assert book(net).drops == {}
+    assert len(net.sent(TRANSPORT, "down")) <= 400 * 20 + 10
+
+
+def test_the_endpoint_of_a_stock_client_follows_its_newest_authentic_datagram() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(1.0)
+    home, elsewhere = net.source(0), stranger()
+    assert at_endpoint(net) == home
+    assert book(net).current is not None
+    net.deliver(book(net).current.seal(UP), elsewhere)  # type: ignore[union-attr]
+    assert at_endpoint(net) == elsewhere
+    net.server_sends(DOWN)
+    assert len(net.to_strangers(elsewhere)) == 1
+    net.client_sends(UP)
+    net.run(0.1)
+    assert at_endpoint(net) == home
+
+
+def test_the_endpoint_of_a_stock_client_does_not_follow_replays_forgeries_or_old_keys() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(1.0)
+    session = book(net).current
+    assert session is not None
+    _, replay = net.sent(TRANSPORT, "up")[0]
+    kept = session.seal(UP)
+    forged = kept[:-1] + bytes([kept[-1] ^ 1])
+    initiation = first_initiation(net)
+    before = snapshot(net.guest)
+    for datagram in (replay, forged, initiation[:-16] + bytes(16)):
+        net.deliver(datagram, stranger())
+        net.turn()
+    assert snapshot(net.guest) == before
+    net.run(185.0)
+    net.deliver(kept, stranger())
+    assert at_endpoint(net) == net.source(0)
+
+
+def test_a_stock_client_is_answered_by_a_keepalive_after_10_s_if_there_is_nothing_else_to_say() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(1.0)
+    since = net.now
+    net.client_sends(UP)
+    net.run(15.0)
+    sent = net.sent(TRANSPORT, "down", None, since)
+    assert [len(datagram) for _, datagram in sent] == [OVERHEAD]
+    assert 9.0 <= sent[0][0] - since <= 10.1
+
+
+def test_a_stock_client_that_is_silent_is_called_after_15_s_every_5_s_and_given_up_after_20_calls() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(1.0)
+    net.is_client_awake = False
+    since = net.now
+    net.server_sends(DOWN)
+    net.run(300.0)
+    calls = [at - since for at, _ in net.sent(INITIATION, "down", None, since)]
+    assert 15.0 <= calls[0] <= 15.333
+    assert all(5.0 <= later - earlier <= 5.333 for earlier, later in pairwise(calls))
+    assert len(calls) == 20
+    assert len({datagram for _, datagram in net.sent(INITIATION, "down")}) == 20
+
+
+def test_packets_for_a_stock_client_wait_for_the_handshake_and_are_dropped_when_it_is_given_up() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(190.0)  # the session is over
+    net.is_client_awake = False
+    net.server_sends(DOWN)
+    net.run(120.0)
+    net.is_client_awake = True
+    net.client_sends(UP)
+    net.run(5.0)
+    assert net.at_client == []
+    net.server_sends(DOWN)
+    net.run(1.0)
+    assert [packet for _, packet in net.at_client] == [DOWN]
+
+
+def test_a_handshake_that_the_server_starts_is_confirmed_at_once_even_with_nothing_to_send() -> None:
+    net = stock(Wire())
+    net.client_sends(UP)
+    net.run(1.0)
+    net.wires[0].cuts_up = True
+    net.server_sends(DOWN)
+    net.run(16.0)
+    net.wires[0].cuts_up = False  # the handshake comes through, and nothing is staged
+    net.run(6.0)
+    assert net.guest.current is not None
+    assert net.guest.current.is_initiator
+    assert book(net).next is None
+    assert book(net).current is not None
+    assert not book(net).current.is_initiator  # type: ignore[union-attr]
+
+
+def test_handshakes_of_both_sides_that_cross_are_sorted_out() -> None:
+    net = stock(Wire(delay=0.05))
+    net.client_sends(UP)
+    net.run(190.0)
+    net.client_sends(ipv4(CLIENT, TARGET, b"1"))
+    net.server_sends(ipv4(TARGET, CLIENT, b"2"))
+    net.run(30.0)
+    assert [packet[20:] for _, packet in net.at_server] == [b"up", b"1"]
+    assert [packet[20:] for _, packet in net.at_client] == [b"2"]
+
+
+def test_a_response_counts_as_a_handshake_sent_so_that_the_server_does_not_call_back_at_once() -> None:
+    net = stock(Wire())
+    net.tap = lambda side, number, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
+    net.client_sends(UP)
+    net.run(1.0)
+    net.server_sends(DOWN)
+    net.run(3.0)
+    assert net.sent(INITIATION, "down") == []
+
+
+def test_persistent_keepalives_go_on_for_ever() -> None:
+    net = stock(Wire(), persistent=25.0)
+    net.client_sends(UP)
+    net.run(1000.0)
+    guest: ClientPeer = net.guest
+    assert guest.current is not None
+    assert net.now - guest.heard_at <= 25.1
+
+
+def test_a_wrong_preshared_key_makes_no_session() -> None:
+    net = Simnet(Wire(), stock_client=BookPeer(CLIENT_KEY, SERVER_PUBLIC, bytes(32), endpoint=0))
+    net.client_sends(UP)
+    net.run(10.0)
+    assert net.at_server == []
+    assert book(net).current is None
+    assert book(net).drops["not authentic"] >= 1
+
+
+def test_a_stranger_gets_no_answer() -> None:
+    net = Simnet(Wire(), stock_client=BookPeer(b"\x77" * 32, SERVER_PUBLIC, PSK, endpoint=0))
+    net.client_sends(UP)
+    net.run(10.0)
+    assert [entry for entry in net.log if entry[1] == "down"] == []
+    assert net.server.drops["initiation of a stranger"] >= 2

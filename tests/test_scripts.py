@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -64,6 +65,10 @@ def test_up_twice_and_down_twice_are_like_once_and_down_alone_is_harmless(setup:
     assert setup.machine.look() == before
     live(setup, role)
     once, saved = setup.machine.look(), (setup.run_dir / "mpt0.saved").read_text()
+    again = setup.do(role, *LIVES[role][0])
+    assert not re.findall(r"(?:addr|route|rule) (?:del|flush) (?!table 5208).*", again), (
+        "something was away for a moment"
+    )
     live(setup, role)
     assert (setup.machine.look(), (setup.run_dir / "mpt0.saved").read_text()) == (once, saved)
     setup.do(role, "down")
@@ -163,6 +168,16 @@ def test_a_client_beside_a_server_restores_nothing_of_the_other(setup: Setup) ->
     assert setup.machine.look() == before
 
 
+def test_two_clients_on_one_interface_both_keep_it_loose_until_the_last_goes(setup: Setup) -> None:
+    before = setup.machine.look()
+    for device in "mpt0", "mpt1":
+        setup.do("client", "path-up", PATH, device)
+    setup.do("client", "down", device="mpt0")
+    assert setup.value("ipv4/conf/lte/rp_filter") == "2"
+    setup.do("client", "down", device="mpt1")
+    assert setup.machine.look() == before
+
+
 def test_what_somebody_has_changed_meanwhile_stays_as_he_made_it(setup: Setup) -> None:
     live(setup, "client")
     assert setup.value("ipv4/conf/lte/rp_filter") == "2"
@@ -184,6 +199,52 @@ def test_a_saved_file_of_another_boot_or_namespace_restores_nothing(setup: Setup
     setup.do("server", "down")
     assert setup.value("ipv4/ip_forward") == "1"
     assert not saved.exists()
+
+
+def test_a_saved_file_of_another_boot_is_no_reason_to_leave_a_value(setup: Setup) -> None:
+    before = setup.machine.look()
+    live(setup, "client")
+    (setup.run_dir / "mpt1.saved").write_text("old\n/proc/sys/net/ipv4/conf/lte/rp_filter 0 2\n")
+    setup.do("client", "down")
+    assert setup.machine.look() == before
+
+
+def test_down_without_up_leaves_a_device_of_somebody_else_alone(setup: Setup) -> None:
+    setup.machine.sh("ip link set mpt0 up; ip addr add 10.9.0.1/24 dev mpt0")
+    before = setup.machine.look()
+    for role in LIVES:
+        setup.do(role, "down")
+    assert setup.machine.look() == before
+
+
+def test_two_instances_do_not_change_values_at_the_same_time(setup: Setup) -> None:
+    setup.run_dir.mkdir()
+    with (setup.run_dir / "saved.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = {
+            **PATH,
+            "MPT_DEVICE": "mpt0",
+            "MPT_SAVED": str(setup.run_dir / "mpt0.saved"),
+            "PATH": os.environ["PATH"],
+        }
+        command = [*setup.machine.enter, str(SCRIPTS["client"]), "path-up"]
+        with subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL) as script:
+            with pytest.raises(subprocess.TimeoutExpired):
+                script.wait(0.5)
+            assert setup.value("ipv4/conf/lte/rp_filter") == "1"
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert script.wait(10) == 0
+    assert setup.value("ipv4/conf/lte/rp_filter") == "2"
+
+
+def test_a_signal_to_everybody_does_not_stop_a_script_half_way(setup: Setup, tmp_path: Path) -> None:
+    wrapper = tmp_path / "ip"
+    wrapper.write_text(f'#!/bin/sh\nkill -TERM $MPT_KILL\nkill -INT $MPT_KILL\nexec {shutil.which("ip")} "$@"\n')
+    wrapper.chmod(0o755)
+    env = {**CLIENT, "MPT_DEVICE": "mpt0", "MPT_SAVED": str(setup.run_dir / "mpt0.saved")}
+    env["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = setup.machine.run("sh", "-c", f'export MPT_KILL=$$; exec "{SCRIPTS["client"]}" up', env=env)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("role", LIVES)

@@ -1,0 +1,618 @@
+"""The client: paths that come and go, joining with every crash in between, what the host and the user are told."""
+
+from __future__ import annotations
+
+import logging
+import random
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mptunnel.client import Client, Membership
+from mptunnel.config import (
+    ClientSettings,
+    DnsMode,
+    Fields,
+    Gateway,
+    JoinToken,
+    Link,
+    ServerRecord,
+    TokenRecord,
+    TokenState,
+    new_token,
+    parse_wireguard,
+    peers_from_document,
+    tokens_from_document,
+    wireguard_text,
+)
+from mptunnel.errors import ConfigError, RefusedError, UnreachableError
+from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.messages import INITIATION, TRANSPORT, Control
+from mptunnel.packet import PLAIN
+from mptunnel.path import PathState
+from tests.bookpeer import BookPeer
+from tests.simnet import (
+    CLIENT_KEY,
+    CLIENT_PUBLIC,
+    PSK,
+    SERVER_ADDRESS,
+    SERVER_KEY,
+    SERVER_PUBLIC,
+    TARGET,
+    TUNNEL4,
+    TUNNEL6,
+    WALL,
+    Simnet,
+    Traffic,
+    Wire,
+    ipv4,
+    ipv6,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mptunnel.events import Event
+    from mptunnel.packet import Buffer
+
+CLIENT = str(TUNNEL4[2])
+UP = ipv4(CLIENT, TARGET, b"x")
+
+
+def token_for(server: bytes = SERVER_PUBLIC, seed: int = 8, hours: float = 1.0) -> tuple[JoinToken, TokenRecord]:
+    return new_token(server, "test", hours, WALL, random.Random(seed).randbytes)
+
+
+def joining(*wires: Wire, **more: Any) -> Simnet:
+    token, record = token_for()
+    return Simnet(*wires, admitted=False, said_hello=False, token=token, tokens=[record], **more)
+
+
+def joined(net: Simnet) -> bool:
+    files = [document for name, document in net.saved.items() if name.startswith("client/servers/")]
+    return bool(files) and files[0]["joined"] and net.client._membership.token is None
+
+
+def stop_of(net: Simnet) -> Exception:
+    (stop,) = net.stopped
+    return stop.error
+
+
+# -- joining ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_with_a_token_joins_and_runs_as_itself_at_once() -> None:
+    net = joining()
+    traffic = Traffic(net)
+    net.run(0.5)
+    assert joined(net)
+    traffic.run(3.0)
+    assert traffic.is_whole()
+    (peer,) = peers_from_document(net.saved["server/peers"])
+    assert (peer.name, peer.public_key) == ("sim", CLIENT_PUBLIC)
+    (token,) = tokens_from_document(net.saved["server/tokens"])
+    assert token.state is TokenState.SPENT
+    (record,) = [ServerRecord.from_document(d) for n, d in net.saved.items() if n.startswith("client/servers/")]
+    assert (record.public_key, record.psk, record.said_hello) == (SERVER_PUBLIC, peer.psk, True)
+    assert net.stopped == []
+
+
+def test_once_joined_the_bare_command_is_enough() -> None:
+    net = joining()
+    net.run(1.0)
+    net.token = None
+    net.restart_client()
+    traffic = Traffic(net)
+    net.run(0.5)
+    traffic.run(2.0)
+    assert traffic.is_whole()
+    assert len(peers_from_document(net.saved["server/peers"])) == 1
+
+
+def test_joining_works_on_the_one_path_that_works_and_through_loss() -> None:
+    net = joining(Wire(is_cut=True), Wire(loss_up=0.5, loss_down=0.5), Wire(cuts_down=True), seed=3)
+    net.run(14.0)
+    assert joined(net)
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_a_crash_at_any_moment_of_joining_is_completed_by_the_same_command(side: str) -> None:
+    """Kill after each single thing that is done or sent, with the saves before it done and those after it lost."""
+    for step in range(40):
+        net = joining(Wire(delay=0.01))
+        net.held = []
+        for _ in range(step):  # saves are done one at a time
+            if net.held:
+                job = net.held.pop(0)
+                net._save(job, None)
+                net.turn()
+            else:
+                net.run(0.005)
+        if side == "client":
+            net.restart_client()
+        else:
+            net.restart_server()
+        net.release()  # the other side goes on
+        net.held = None
+        net.run(8.0)
+        assert joined(net), step
+        assert net.peer.is_multipath, step
+        assert len(peers_from_document(net.saved["server/peers"])) == 1, step
+        assert tokens_from_document(net.saved["server/tokens"])[0].state is TokenState.SPENT, step
+        assert net.stopped == [], step
+
+
+def test_enrolled_is_believed_only_when_it_is_saved_here_too() -> None:
+    net = joining(Wire())
+    net.run(0.05)
+    net.failing = {name for name in ["client/servers/" + ServerRecord(SERVER_PUBLIC, b"").file_name]}
+    net.run(2.0)
+    assert isinstance(stop_of(net), ConfigError)
+    assert "cannot save that we joined" in str(stop_of(net))
+    assert net.client._membership.token is not None
+
+
+def test_without_any_answer_for_15_s_joining_ends_with_exit_code_6() -> None:
+    net = joining(server_starts=False)
+    net.run(14.9)
+    assert net.stopped == []
+    net.run(60.0)
+    error = stop_of(net)
+    assert isinstance(error, UnreachableError)
+    assert error.exit_code == 6
+    assert "sim.example:5000" in str(error)
+
+
+def test_without_a_token_it_never_ends() -> None:
+    net = Simnet(Wire(), server_starts=False)
+    net.run(3600.0)
+    assert net.stopped == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda record: setattr(record, "state", TokenState.REVOKED), "taken back"),
+        (lambda record: setattr(record, "expires", WALL - 1), "expired"),
+        (lambda record: setattr(record, "state", TokenState.SPENT), "used already"),
+    ],
+)
+def test_a_refusal_ends_with_exit_code_7_and_says_why(spoil: Callable[[TokenRecord], None], words: str) -> None:
+    token, record = token_for()
+    record.ended = WALL
+    spoil(record)
+    net = Simnet(Wire(), admitted=False, said_hello=False, token=token, tokens=[record])
+    net.run(2.0)
+    error = stop_of(net)
+    assert isinstance(error, RefusedError)
+    assert error.exit_code == 7
+    assert words in str(error)
+
+
+def test_a_stolen_token_shows_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    token, record = token_for()
+    net = Simnet(Wire(), admitted=False, said_hello=False, token=token, tokens=[record])
+    net.server.register._tokens[0].state = TokenState.BOUND
+    net.server.register._tokens[0].bound_to = b"\x41" * 32
+    net.run(2.0)
+    assert "stolen" in str(stop_of(net))
+    assert "is refused: used" in caplog.text
+
+
+def test_a_server_that_cannot_save_is_tried_again_for_a_minute() -> None:
+    net = joining(Wire())
+    net.failing = {"server/tokens"}
+    net.run(30.0)
+    assert net.stopped == []
+    net.failing = set()
+    net.run(6.0)
+    assert joined(net)
+    net = joining(Wire())
+    net.failing = {"server/tokens"}
+    net.run(61.0)
+    assert isinstance(stop_of(net), RefusedError)
+    assert "could not save" in str(stop_of(net))
+
+
+def test_no_data_is_sent_under_a_token() -> None:
+    net = joining(Wire())
+    net.held = []
+    net.client_sends(UP)
+    net.run(5.0)
+    net.client_sends(UP)
+    assert net.at_server == []
+    assert net.peer.packets_sent == 0
+
+
+def test_a_token_of_another_server_gets_no_answer() -> None:
+    token, record = token_for(server=b"\x09" + bytes(31))
+    net = Simnet(Wire(), admitted=False, said_hello=False, tokens=[record])
+    net.token = token
+    net.new_client(ServerRecord(token.server_public, bytes(32)), token)
+    net.run(16.0)
+    assert isinstance(stop_of(net), UnreachableError)
+
+
+# -- paths -----------------------------------------------------------------------------------------------------------
+
+
+def link(name: str, *addresses: str, up: bool = True, index: int = 2, gateway: str | None = "192.168.0.1") -> Link:
+    found = tuple(IPv6Interface(a) if ":" in a else IPv4Interface(a) for a in addresses)
+    via = Gateway(IPv4Address(gateway), 100) if gateway else None
+    return Link(name, index, "", up, found, via, None, 1500)
+
+
+def client_of(*names: str, servers: tuple[str, ...] = ("198.51.100.1",), **settings: Any) -> Client:
+    rng = random.Random(2)
+    addresses = [IPv6Address(text) if ":" in text else IPv4Address(text) for text in servers]
+    return Client(
+        ClientSettings(server="sim.example", interfaces=names, **settings),
+        Membership(ServerRecord(SERVER_PUBLIC, PSK, said_hello=True), CLIENT_KEY),
+        addresses, reserved=0, kept=(), entropy=rng.randbytes, rng=rng, now=1000.0, wall=WALL,
+    )  # fmt: skip
+
+
+def done(client: Client, events: list[Event], now: float = 1000.0) -> list[Event]:
+    """Do what is asked; return what that led to."""
+    for event in events:
+        match event:
+            case OpenPath():
+                client.path_opened(event.path, event.port or 40000 + event.path, now)
+            case RunScript() | SaveState():
+                client.job_done(event, None, now)
+    return client.events()
+
+
+def settled(client: Client, now: float = 1000.0) -> list[Event]:
+    """Do all that is asked, and what that leads to; return all of it."""
+    found: list[Event] = []
+    events = client.events()
+    while events:
+        found += events
+        events = done(client, events, now)
+    return [event for event in found if not isinstance(event, SaveState)]
+
+
+def test_a_path_gets_its_rule_first_and_then_its_socket() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    (rule,) = [event for event in client.events() if isinstance(event, RunScript)]
+    assert rule.verb == "path-up"
+    assert rule.values["interface"] == "wan1"
+    assert rule.values["gateway"] == IPv4Address("192.168.0.1")
+    (opening,) = done(client, [rule])
+    assert opening == OpenPath(0, "wan1", IPv4Address("192.168.0.2"), (SERVER_ADDRESS, 5000), 0)
+
+
+def test_a_renumbered_path_gets_a_new_socket_on_the_same_local_port() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    settled(client)
+    before = client.paths[0].incarnation
+    client.links_changed([link("wan1", "192.168.0.77/24")], 1001.0)
+    close, rule, opening = settled(client)
+    assert close == ClosePath(0)
+    assert isinstance(rule, RunScript)
+    assert opening == OpenPath(0, "wan1", IPv4Address("192.168.0.77"), (SERVER_ADDRESS, 5000), 40000)
+    assert client.paths[0].incarnation != before
+
+
+def test_another_gateway_changes_the_rule_and_keeps_the_socket() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    settled(client)
+    client.links_changed([link("wan1", "192.168.0.2/24", gateway="192.168.0.254")], 1001.0)
+    (rule,) = settled(client)
+    assert isinstance(rule, RunScript)
+    assert rule.values["gateway"] == IPv4Address("192.168.0.254")
+
+
+def test_links_that_did_not_change_ask_for_nothing() -> None:
+    client = client_of("wan1")
+    links = [link("wan1", "192.168.0.2/24")]
+    client.links_changed(links, 1000.0)
+    settled(client)
+    client.links_changed(list(links), 1001.0)
+    client.links_changed([*links, link("docker0", "172.17.0.1/16", gateway=None)], 1002.0)
+    assert client.events() == []
+
+
+def test_a_path_that_goes_takes_its_rule_with_it_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    settled(client)
+    client.links_changed([link("wan1", "192.168.0.2/24", up=False)], 1001.0)
+    events = settled(client)
+    assert events == [ClosePath(0), RunScript("path-down", {"path": 0})]
+    assert client.paths[0].state is PathState.WAITING
+    client.links_changed([], 1002.0)
+    assert client.events() == []
+    assert len([r for r in caplog.records if "path wan1 waits" in r.getMessage()]) == 1
+    client.links_changed([link("wan1", "192.168.0.2/24", index=9)], 1003.0)
+    assert [type(event) for event in settled(client)] == [RunScript, OpenPath]
+
+
+def test_an_uplink_that_is_not_there_is_named_with_the_nearest_and_taken_up_when_it_appears(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = client_of("wan1", "wwan0")
+    client.links_changed([link("wan2", "192.168.0.2/24"), link("wwan0", "192.168.1.2/24", index=3)], 1000.0)
+    assert "-i wan1 is not there; did you mean wan2?" in caplog.text
+    settled(client)
+    assert not client.paths[0].is_open
+    assert client.paths[1].is_open
+    client.links_changed([link("wan1", "192.168.0.2/24"), link("wwan0", "192.168.1.2/24", index=3)], 1001.0)
+    settled(client)
+    assert client.paths[0].is_open
+
+
+def test_a_socket_that_cannot_be_opened_is_tried_again_every_second_and_the_other_path_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(3.0)
+    traffic = Traffic(net)
+    traffic.start(4.0)
+    net.open.pop(0)
+    net.client.path_failed(0, "ENODEV", net.now)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == [
+        "path w0: ENODEV; trying again every 1 s"
+    ]
+    net.run(0.99)
+    assert 0 not in net.open
+    net.run(0.2)
+    assert 0 in net.open
+    assert net.client.paths[0].errors == {"ENODEV": 1}
+    net.run(6.0)
+    assert traffic.is_whole()
+
+
+def test_an_error_on_one_path_is_that_paths_affair_only() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(3.0)
+
+    def tap(side: str, number: int, datagram: bytes) -> bytes | None:
+        if side == "up" and number == 0:
+            net.client.not_sent(0, 1, len(datagram), "ENETUNREACH", net.now)
+            return None
+        return datagram
+
+    net.tap = tap
+    traffic = Traffic(net)
+    traffic.run(3.0)
+    assert traffic.is_whole()
+    assert net.client.paths[0].errors["ENETUNREACH"] > 300
+    assert net.client.paths[1].errors == {}
+
+
+def test_a_path_reported_open_after_its_interface_has_gone_is_closed_again() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    opening = done(client, client.events())
+    client.links_changed([], 1000.5)
+    client.events()
+    client.path_opened(0, 40000, 1001.0)
+    assert client.events() == [ClosePath(0)]
+    assert isinstance(opening[0], OpenPath)
+    assert not client.paths[0].is_open
+
+
+def test_an_uplink_that_takes_the_number_of_one_that_has_gone_leaves_no_socket_open() -> None:
+    client = client_of()
+    first = [link(f"e{n}", f"192.168.{n}.2/24", index=n + 2) for n in range(8)]
+    client.links_changed(first, 1000.0)
+    settled(client)
+    client.links_changed([*first[1:], link("new", "192.168.9.2/24", index=20)], 1001.0)
+    events = settled(client)
+    assert ClosePath(0) in events
+    assert [event.interface for event in events if isinstance(event, OpenPath)] == ["new"]
+    assert client.paths[0].name == "new"
+
+
+def test_a_server_known_by_both_families_is_tried_by_the_other_one_where_the_first_is_mute() -> None:
+    client = client_of("wan1", servers=("198.51.100.1", "2001:db8::1"))
+    both = Link(
+        "wan1", 2, "", True, (IPv4Interface("192.168.0.2/24"), IPv6Interface("2001:db8:1::2/64")),
+        Gateway(IPv4Address("192.168.0.1"), 100), Gateway(IPv6Address("fe80::1"), 100), 1500,
+    )  # fmt: skip
+    client.links_changed([both], 1000.0)
+    settled(client)
+    assert client.paths[0].address == IPv4Address("192.168.0.2")
+    now = 1000.0
+    while now < 1006.0:
+        now = client.next_deadline()
+        client.handle_timeout(now)
+        settled(client, now)
+    assert client.paths[0].address == IPv6Address("2001:db8:1::2")
+
+
+def test_the_next_address_of_the_server_is_tried_when_every_path_was_silent_for_30_s() -> None:
+    client = client_of("wan1", servers=("198.51.100.1", "198.51.100.2"))
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    opened = []
+    now = 1000.0
+    while now < 1070.0:
+        opened += [event for event in settled(client, now) if isinstance(event, OpenPath)]
+        now = client.next_deadline()
+        client.handle_timeout(now)
+    assert [str(event.server[0]) for event in opened] == ["198.51.100.1", "198.51.100.2", "198.51.100.1"]
+
+
+def test_the_name_is_looked_up_every_hour_and_a_new_address_is_kept() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    settled(client)
+    asked: list[Event] = []
+    now = 1000.0
+    while not asked:
+        now = client.next_deadline()
+        client.handle_timeout(now)
+        asked = [event for event in client.events() if isinstance(event, Resolve)]
+    assert now == 1000.0 + 3600.0
+    client.job_done(asked[0], (SERVER_ADDRESS, IPv4Address("198.51.100.9")), now)
+    saves = [event for event in client.events() if isinstance(event, SaveState)]
+    assert isinstance(saves[-1].document, dict)
+    assert saves[-1].document["addresses"] == ["198.51.100.1", "198.51.100.9"]
+    client.job_done(asked[0], OSError("no such name"), now)
+    assert client.events() == []
+
+
+def test_a_name_that_does_not_resolve_at_start_is_asked_again_every_2_s() -> None:
+    client = client_of("wan1", servers=())
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    settled(client)
+    client.handle_timeout(1002.0)
+    (asked,) = [event for event in client.events() if isinstance(event, Resolve)]
+    client.job_done(asked, (SERVER_ADDRESS,), 1002.1)
+    assert [event.server[0] for event in settled(client, 1002.1) if isinstance(event, OpenPath)] == [SERVER_ADDRESS]
+
+
+# -- the host --------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_set_up_once_with_what_the_server_gives() -> None:
+    net = Simnet(Wire(), Wire())
+    Traffic(net, rate=5).run(130.0)
+    ups = [values for side, verb, values in net.scripts if verb == "up"]
+    assert len(ups) == 1
+    assert ups[0]["address4"] == TUNNEL4[2]
+    assert ups[0]["peer4"] == TUNNEL4[1]
+    assert ups[0]["address6"] == TUNNEL6[2]
+    assert ups[0]["servers"] == (SERVER_ADDRESS,)
+    assert ups[0]["mtu"] == 1280
+
+
+@pytest.mark.parametrize(
+    ("settings", "dns"),
+    [
+        ({}, ("192.0.2.53",)),
+        ({"routes": (IPv4Network("10.9.0.0/16"),)}, ()),
+        ({"dns_mode": DnsMode.KEEP}, ()),
+        ({"dns_mode": DnsMode.FIXED, "dns": (IPv4Address("9.9.9.9"),)}, ("9.9.9.9",)),
+    ],
+)
+def test_the_resolvers_are_those_offered_those_kept_or_those_given(
+    settings: dict[str, Any], dns: tuple[str, ...]
+) -> None:
+    net = Simnet(Wire(), settings=ClientSettings(server="sim.example", interfaces=("w0",), **settings))
+    net.server._offer = type(net.server._offer)(1420, True, False, (IPv4Address("192.0.2.53"),))
+    net.run(1.0)
+    (values,) = [values for _, verb, values in net.scripts if verb == "up"]
+    assert tuple(map(str, values["dns"])) == dns
+
+
+def test_ipv6_that_the_server_cannot_pass_on_is_answered_at_once() -> None:
+    net = Simnet(Wire())
+    net.run(1.0)
+    beyond = ipv6(TUNNEL6[2].packed, IPv6Address("2001:db8::9").packed, bytes(20))
+    inside = ipv6(TUNNEL6[2].packed, TUNNEL6[1].packed, bytes(20))
+    net.client_sends(beyond, inside, UP)
+    net.run(0.1)
+    assert [packet for _, packet in net.at_server] == [inside, UP]
+    (_, answer), = net.at_client
+    assert answer[6] == 58
+    assert answer[40:42] == b"\x01\x00"
+    assert answer[8:24] == TUNNEL6[1].packed
+    assert net.client.drops["IPv6 that the server cannot pass on"] == 1
+
+
+def test_what_is_no_ip_packet_is_not_sent() -> None:
+    net = Simnet(Wire())
+    net.run(1.0)
+    since = net.now
+    net.client.send([memoryview(PLAIN + b"\x01" + bytes(60)), memoryview(PLAIN + bytes(20))], net.now, inbox := [])
+    net.turn()
+    assert net.sent(TRANSPORT, "up", None, since) == []
+    assert inbox == []
+    assert net.client.drops["malformed frame"] == 2
+
+
+def test_each_change_of_state_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    net = Simnet(Wire(), Wire())
+    Traffic(net, rate=5).start(200.0)
+    net.run(10.0)
+    for wire in net.wires:
+        wire.is_cut = True
+    net.run(100.0)
+    for wire in net.wires:
+        wire.is_cut = False
+    net.run(10.0)
+    said = [r.getMessage().split(":")[0] for r in caplog.records if r.getMessage().startswith("tunnel ")]
+    assert [words for words in said if "MTU" not in words and "address" not in words] == [
+        "tunnel up", "tunnel silent", "tunnel up",
+    ]  # fmt: skip
+    assert net.client.status(net.now)["state"] == "up"
+
+
+@pytest.mark.parametrize(
+    ("wires", "down", "words"),
+    [([Wire(is_cut=True)], (), "does not answer on any path"), ([Wire()], (0,), "no path is there")],
+)
+def test_a_server_that_does_not_answer_is_warned_of_once(
+    wires: list[Wire], down: tuple[int, ...], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = Simnet(*wires, down=down)
+    net.run(600.0)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len([text for text in said if words in text]) == 1
+
+
+def test_a_clean_stop_says_goodbye_on_every_path() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(3.0)
+    since = net.now
+    net.stop("client")
+    assert len(net.controls("up", Control.CLOSE, 0, since)) == len(net.controls("up", Control.CLOSE, 1, since)) == 1
+
+
+def test_only_the_status_can_be_asked_of_a_client() -> None:
+    net = Simnet(Wire(), Wire(delay=0.06))
+    Traffic(net).run(3.0)
+    status = net.client.control("status", Fields({}, "status"), net.now).result
+    assert status["format"] == 1
+    assert status["role"] == "client"
+    assert status["state"] == "up"
+    assert status["server"]["name"] == "sim.example:5000"
+    assert status["server"]["multipath"]
+    assert status["tunnel"] == {"ipv4": CLIENT, "ipv6": str(TUNNEL6[2]), "mtu": 1420}
+    assert [path["state"] for path in status["paths"]] == ["up", "up"]
+    assert [path["name"] for path in status["paths"]] == ["w0", "w1"]
+    assert status["paths"][0]["rtt_ms"] == pytest.approx(40.0)
+    assert status["paths"][0]["seen_as"] == "192.0.2.1:40000"
+    assert status["receipts"]["down"]["lost"] == 0
+    for verb in ("token-new", "peer-remove", "stop"):
+        with pytest.raises(ConfigError, match="run that on the server"):
+            net.client.control(verb, Fields({}, verb), net.now)
+
+
+# -- a stock server by its configuration -----------------------------------------------------------------------------
+
+
+def test_a_wg_quick_file_makes_a_client_of_a_stock_server() -> None:
+    text = wireguard_text(
+        CLIENT_KEY, [IPv4Interface("10.0.1.2/32")], [IPv4Address("9.9.9.9")], SERVER_PUBLIC, PSK, "sim.example:5000"
+    )
+    text = text.replace("0.0.0.0/0", "203.0.113.0/24").replace(", ::/0", "")  # noqa: S104
+    file = parse_wireguard(text)
+    settings = ClientSettings(
+        server="sim.example", interfaces=("w0", "w1"), routes=file.allowed_ips, wireguard=file
+    )
+    server = BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK)
+    net = Simnet(Wire(), Wire(), stock_server=server, said_hello=False, settings=settings)
+    (values,) = [values for _, verb, values in net.scripts if verb == "up"]
+    assert values["address4"] == IPv4Address("10.0.1.2")
+    assert values["routes"] == tuple(file.allowed_ips)
+    traffic = Traffic(net, rate=10)
+    traffic.run(60.0)
+    assert traffic.is_whole()
+    assert server.foreign == []  # nothing of ours was said
+    before = len(net.at_client)
+    net.server_sends(ipv4("8.8.8.8", CLIENT, b"not allowed"), ipv4(TARGET, CLIENT, b"allowed"))
+    net.run(0.1)
+    assert len(net.at_client) == before + 1
+    assert net.client.drops["source not allowed"] == 1
+    assert len(net.sent(INITIATION, "up")) == 1
+    assert net.stopped == []
