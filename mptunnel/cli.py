@@ -236,7 +236,7 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
     if options.is_server(given, labels):
         server = options.server_settings(given)
         _require_net_admin(ctx, dry_run=server.dry_run)
-        from mptunnel.loop import run_server  # noqa: PLC0415
+        from mptunnel.program import run_server  # noqa: PLC0415
 
         run_server(server)
     else:
@@ -246,7 +246,7 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
         for warning in warnings:
             logging.getLogger(PROGRAM).warning("%s", warning)
         _require_net_admin(ctx, dry_run=client.dry_run)
-        from mptunnel.loop import run_client  # noqa: PLC0415
+        from mptunnel.program import run_client  # noqa: PLC0415
 
         run_client(client)
 

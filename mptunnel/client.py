@@ -37,6 +37,7 @@ from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, En
 from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.packet import source as packet_source
 from mptunnel.path import ClientPath, PathState
+from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
@@ -45,7 +46,6 @@ from mptunnel.uplinks import Uplinks, Way
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Sequence
-    from ipaddress import IPv4Network, IPv6Network
 
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job
@@ -73,18 +73,6 @@ _REFUSALS: dict[int, str] = {
     EnrolResult.NAME_REFUSED: "the server does not take this host's name",
     EnrolResult.KEY_REFUSED: "the server does not take this client's key; remove the client's key file and try again",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Tunnel:
-    """What the device is to be: addresses, the server's ends, resolvers, whether IPv6 goes on to the internet."""
-
-    address4: IPv4Address | None
-    peer4: IPv4Address | None
-    address6: IPv6Address | None
-    peer6: IPv6Address | None
-    ipv6_onward: bool
-    dns: tuple[IPAddress, ...] = ()
 
 
 @dataclass(slots=True)
@@ -631,39 +619,6 @@ class Client(Role):
             "missed": receipts.missed[path.id],
             "mtu": path.carries or None,
         }
-
-
-def path_values(number: int, way: Way) -> dict[str, Any]:
-    """What the script is told of a path (verb path-up)."""
-    return {
-        "path": number,
-        "interface": way.interface,
-        "address": way.address,
-        "gateway": way.gateway,
-        "server": way.server,
-        "shared": way.is_shared,
-    }
-
-
-def tunnel_values(
-    tunnel: Tunnel,
-    mtu: int,
-    routes: tuple[IPv4Network | IPv6Network, ...],
-    servers: tuple[IPAddress, ...],
-    kept: tuple[tuple[IPAddress, IPAddress], ...],
-) -> dict[str, Any]:
-    """What the script is told of the tunnel (verb up)."""
-    return {
-        "mtu": mtu,
-        "address4": tunnel.address4,
-        "peer4": tunnel.peer4,
-        "address6": tunnel.address6,
-        "peer6": tunnel.peer6,
-        "routes": routes,
-        "dns": tunnel.dns,
-        "servers": servers,
-        "keep": kept,
-    }
 
 
 def _host_port(host: str, port: int) -> str:

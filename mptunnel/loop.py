@@ -3,9 +3,6 @@
 A turn: wait, read the clock once, feed what is ready to the role, let it do what is due, send what it wants sent, take
 up what it asks for. No descriptor gets more than 64 reads in a turn, and after each of them what must go out goes out:
 nothing waits for a batch to fill. What may block goes to the worker. Time is CLOCK_BOOTTIME, which counts suspend.
-
-`run_server` and `run_client` are the program: they take the locks, read the state, open what they need in an order in
-which a refusal leaves nothing behind, run the loop until it is told to stop, and put the host back as it was.
 """
 
 from __future__ import annotations
@@ -13,46 +10,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import ipaddress
 import logging
 import os
-import random
 import select
 import signal
-import sys
 import time
-from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import host, netlink, udp
-from mptunnel.client import Client, Membership, Tunnel, path_values, tunnel_values
 from mptunnel.config import (
-    FALLBACK_DNS,
-    DnsMode,
     Fields,
-    client_line,
-    new_network,
-    public_address,
-    server_argument,
 )
 from mptunnel.control import ControlServer, Pending
-from mptunnel.errors import ConfigError, HostError, MptunnelError
+from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
-from mptunnel.membership import find_membership
-from mptunnel.messages import Capability
-from mptunnel.server import Offer, Server
-from mptunnel.state import StateDir, hold_lock
-from mptunnel.tun import Tun
-from mptunnel.uplinks import Uplinks
 from mptunnel.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
-    from mptunnel.config import ClientSettings, Link, ServerSettings, Settings
+    from mptunnel.client import Client
+    from mptunnel.config import Settings
     from mptunnel.events import Event, Job
     from mptunnel.packet import Buffer
+    from mptunnel.server import Server
+    from mptunnel.state import StateDir
+    from mptunnel.tun import Tun
 
     IPAddress = IPv4Address | IPv6Address
 
@@ -459,219 +443,6 @@ class ClientLoop(Loop):
             self._role.links_changed(result, moment)
         else:
             log.warning("cannot see the links: %s", result)
-
-
-# -- the program -----------------------------------------------------------------------------------------
-
-
-def run_server(settings: ServerSettings) -> None:
-    """Be the server until told to stop. Raises MptunnelError."""
-    state = StateDir(settings.state_dir)
-    the_host, device = _host_of("server", settings)
-    if settings.dry_run:
-        network = state.network() or new_network(settings.network4, os.urandom)
-        the_host.run("up", _server_values(settings, network, ()))
-        return
-    _protect_memory()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
-        stack.enter_context(state.lock_server())
-        key = state.server_key()
-        peers, tokens = state.peers(), state.tokens()
-        network = _network_of(state, settings)
-        reserved = state.timestamp("server")
-        sock = udp.ServerSocket(settings.port, offload=settings.offload)
-        stack.callback(sock.close)
-        tun = Tun(device, settings.mtu, offload=settings.offload)
-        stack.callback(tun.close)
-        host.restore(settings.run_dir, device)
-        links = netlink.snapshot()
-        offer = _offer(settings, links)
-        moment = now()
-        role = Server(
-            key.private_key,
-            network,
-            peers,
-            tokens,
-            offer,
-            capabilities=_capabilities(tun),
-            reserved=reserved.reserved if reserved else 0,
-            port=settings.port,
-            entropy=os.urandom,
-            rng=random.Random(),  # noqa: S311  jitter only
-            now=moment,
-            wall=time.time(),
-        )
-        token = role.make_first_token(moment) or role.take_token_file(state.text("server/join-token") or "")
-        _save_now(role, state, moment)
-        stack.callback(host.restore, settings.run_dir, device)
-        the_host.run("up", _server_values(settings, network, offer.dns))
-        loop = ServerLoop(settings, role, tun, the_host, state, sock)
-        stack.callback(loop.finish)
-        log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
-        _tell_first_line(settings, links, token)
-        loop.run()
-
-
-def run_client(settings: ClientSettings) -> None:
-    """Be a client until told to stop. Raises MptunnelError."""
-    state = StateDir(settings.state_dir)
-    the_host, device = _host_of("client", settings)
-    if settings.dry_run:
-        _show_client_plan(settings, the_host)
-        return
-    _protect_memory()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
-        settings, membership = find_membership(settings, state, log)
-        reserved = state.timestamp("client")
-        links = netlink.snapshot()
-        Uplinks(settings.interfaces).check(links)
-        servers = _addresses_of(settings, membership)
-        tun = Tun(device, settings.mtu, offload=settings.offload)
-        stack.callback(tun.close)
-        moment = now()
-        role = Client(
-            settings,
-            membership,
-            servers,
-            capabilities=_capabilities(tun),
-            reserved=reserved.reserved if reserved else 0,
-            kept=netlink.kept_connections(),
-            entropy=os.urandom,
-            rng=random.Random(),  # noqa: S311  jitter only
-            now=moment,
-            wall=time.time(),
-        )
-        host.restore(settings.run_dir, device)
-        _save_now(role, state, moment)
-        stack.callback(host.restore, settings.run_dir, device)
-        loop = ClientLoop(settings, role, tun, the_host, state)
-        stack.callback(loop.finish)
-        role.links_changed(links, now())
-        loop.run()
-
-
-def _capabilities(tun: Tun) -> Capability:
-    """What our HELLO offers: partial checksums only where the device can finish them."""
-    return Capability.MULTIPATH | (Capability.PARTIAL_CHECKSUMS if tun.takes_tcp else Capability(0))
-
-
-def _host_of(role: str, settings: Settings) -> tuple[host.Host, str]:
-    script = host.find_script(role, settings)
-    device = settings.device
-    return host.Host(script, host.instance(settings.run_dir, device), dry_run=settings.dry_run), device
-
-
-def _save_now(role: Client | Server, state: StateDir, moment: float) -> None:
-    """Save what the role asks for at its birth before anything is sent: keys, tokens, the timestamp's reservation."""
-    for event in role.events():
-        if isinstance(event, SaveState):
-            try:
-                state.save(event.name, event.document)
-            except MptunnelError as error:
-                role.job_done(event, error, moment)
-            else:
-                role.job_done(event, None, moment)
-
-
-def _network_of(state: StateDir, settings: ServerSettings) -> Any:
-    network = state.network()
-    if network is None:
-        network = new_network(settings.network4, os.urandom)
-        state.save("server/network", network.to_document())
-    elif settings.network4 is not None and settings.network4 != network.ipv4:
-        if any(peer.removed is None for peer in state.peers()):
-            raise ConfigError(
-                f"--network {settings.network4}: this server's clients live in {network.ipv4}; remove them first "
-                "('mptunnel peer remove NAME'), or leave --network out"
-            )
-        network = replace(network, ipv4=settings.network4)
-        state.save("server/network", network.to_document())
-    return network
-
-
-def _offer(settings: ServerSettings, links: tuple[Link, ...]) -> Offer:
-    has4 = any(link.gateway4 is not None for link in links) or not any(link.gateway6 for link in links)
-    has6 = any(link.gateway6 is not None for link in links)
-    return Offer(settings.mtu, has4, has6, host.resolvers() or FALLBACK_DNS)
-
-
-def _server_values(settings: ServerSettings, network: Any, dns: tuple[IPAddress, ...]) -> dict[str, object]:
-    return {
-        "mtu": settings.mtu,
-        "address4": IPv4Interface((network.ipv4[1], network.ipv4.prefixlen)),
-        "address6": IPv6Interface((network.ipv6[1], network.ipv6.prefixlen)),
-        "network4": network.ipv4,
-        "network6": network.ipv6,
-        "port": settings.port,
-        "lan": settings.lan,
-        "dns": dns,
-    }
-
-
-def _tell_first_line(settings: ServerSettings, links: tuple[Link, ...], token: str | None) -> None:
-    """Print the line that the first client runs; a token goes to a terminal only, never into a log."""
-    if token is None:
-        return
-    address = public_address(links)
-    server = server_argument(str(address) if address else "SERVER", settings.port)
-    if sys.stdout.isatty():
-        sys.stdout.write(f"\nOn the client run:\n\n    {client_line(server, token)}\n\n")
-    else:
-        path = settings.state_dir / "server" / "join-token"
-        sys.stdout.write(f"On the client run: {client_line(server, 'TOKEN')}   TOKEN is in {path}\n")
-    if address is None:
-        sys.stdout.write("SERVER is this host's public address or name; it has none itself.\n")
-    sys.stdout.flush()
-
-
-def _addresses_of(settings: ClientSettings, membership: Membership) -> tuple[IPAddress, ...]:
-    """Return the server's addresses: as its name resolves now, else as it did before, else none yet."""
-    try:
-        return udp.resolve(settings.server, settings.port)
-    except (OSError, UnicodeError) as error:
-        known = tuple(map(ipaddress.ip_address, membership.record.addresses))
-        what = f"using {', '.join(map(str, known))} from before" if known else "trying again until it does"
-        log.warning("%s does not resolve (%s): %s", settings.server, getattr(error, "strerror", None) or error, what)
-        return known
-
-
-def _show_client_plan(settings: ClientSettings, the_host: host.Host) -> None:
-    """Print what the script would do; what only the server can say is shown by examples."""
-    links = netlink.snapshot()
-    server = next(iter(udp.resolve(settings.server, settings.port)), None) if settings.server else None
-    if server is None:
-        raise ConfigError(f"server {settings.server!a} does not resolve, so there is nothing to show")
-    uplinks = Uplinks(settings.interfaces)
-    uplinks.check(links)
-    for number, way in uplinks.find(links, {server.version: server}, settings.device, {}).items():
-        if way is None:
-            log.warning("%s", uplinks.advice(uplinks.by_id[number], links))
-        else:
-            the_host.run("path-up", path_values(number, way))
-    log.info("the tunnel's addresses and resolvers come from the server; these are examples")
-    tunnel = Tunnel(
-        IPv4Address("10.0.1.2"),
-        IPv4Address("10.0.1.1"),
-        None,
-        None,
-        ipv6_onward=False,
-        dns=settings.dns or FALLBACK_DNS,
-    )
-    dns = () if settings.dns_mode is DnsMode.KEEP else tunnel.dns
-    kept = netlink.kept_connections()
-    the_host.run("up", tunnel_values(replace(tunnel, dns=dns), settings.mtu, settings.routes, (server,), kept))
-
-
-def _protect_memory() -> None:
-    """No core dumps: they would hold keys."""
-    import ctypes  # noqa: PLC0415
-    import resource  # noqa: PLC0415
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE (linux/prctl.h)
 
 
 @contextlib.contextmanager

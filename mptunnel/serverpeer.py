@@ -462,9 +462,7 @@ class ServerPeer(Peer):
             path.challenged()
             self._send_control(challenge.encode(Control.RESPONSE), path.id, path, now, out)
 
-    def _echo_received(
-        self, session: Session, counter: int, echo: Echo, size: int, source: Any, now: float
-    ) -> None:
+    def _echo_received(self, session: Session, counter: int, echo: Echo, size: int, source: Any, now: float) -> None:
         path = self.paths.get(source)
         if path is None or echo.path != path.id or echo.incarnation != path.incarnation:
             self.identity.drops["echo for another path"] += 1

@@ -152,10 +152,15 @@ remember() {        # NEW PATH...: before those are changed
 restore() {         # what is still ours and nobody else's
     [ -f "$saved" ] || return 0
     where
-    lines=
-    ! holds "$saved" "$head" || while read -r path old new; do
-        case $path in /proc/sys/*) ;; *) continue ;; esac
-        value "$path" && [ "$value" = "$new" ] && ! inherit "$path" '' >/dev/null && lines="$lines$path $old$newline"
+    paths='' lines=''
+    ! holds "$saved" "$head" || while read -r path _; do
+        case $path in /proc/sys/*) paths="$paths $path" ;; esac
+    done <"$saved"
+    # shellcheck disable=SC2086  # an argument each
+    found=$(grep -sH '' $paths /dev/null) || [ $? -le 2 ] || fail "cannot read$paths"
+    [ -z "$paths" ] || while read -r path old new; do
+        case $newline$found$newline in *"$newline$path:$new$newline"*) ;; *) continue ;; esac
+        inherit "$path" '' >/dev/null || lines="$lines$path $old$newline"
     done <"$saved"
     while read -r path old; do [ -z "$path" ] || change "$path" "$old" || warn "$path stays as it is"; done <<END
 $lines
@@ -213,14 +218,17 @@ up() {
 
 guard() {           # our nft table: what leaves by the device has its address, what is for that came by it
     command -v nft >/dev/null || { warn 'nft: not found; no masquerade, no DNS rule; install nftables'; return; }
-    address4=${MPT_ADDRESS4:-} address6=${MPT_ADDRESS6:-} spoofed='' foreign='' homeless=''
+    address4=${MPT_ADDRESS4:-} address6='' spoofed='' foreign='' homeless=''
+    [ -n "$address4" ] || homeless="${newline}        oifname \"$device\" meta nfproto ipv4 reject"
+    if has_ipv6; then
+        address6=${MPT_ADDRESS6:-}
+        [ -n "$address6" ] || homeless="$homeless${newline}        oifname \"$device\" meta nfproto ipv6 reject"
+    fi
     for address in ${address4%/*} ${address6%/*}; do
         case $address in *:*) ip=ip6 ;; *) ip=ip ;; esac
         spoofed="$spoofed${newline}        iifname != \"$device\" $ip daddr $address fib saddr type != local drop"
         foreign="$foreign${newline}        oifname \"$device\" $ip saddr != $address masquerade"
     done
-    [ -n "$address4" ] || homeless="$homeless${newline}        oifname \"$device\" meta nfproto ipv4 reject"
-    [ -n "$address6" ] || homeless="$homeless${newline}        oifname \"$device\" meta nfproto ipv6 reject"
     rules "table inet $ours
 delete table inet $ours
 table inet $ours {
@@ -341,7 +349,7 @@ path_up() {
         *) hop="via $MPT_GATEWAY onlink" ;;
     esac
     batch "$family" "route replace default $hop dev $MPT_INTERFACE table $table proto kernel"
-    [ "${MPT_SHARED:-0}" = 0 ] || alone loosen || exit 1
+    [ "$family${MPT_SHARED:-0}" != -41 ] || alone loosen || exit 1
     settle "$family" "$table" "priority $table from $MPT_ADDRESS to $MPT_SERVER lookup $table"
     settle "$other" "$table" ''
 }

@@ -148,10 +148,15 @@ remember() {        # NEW PATH...: before those are changed
 restore() {         # what is still ours and nobody else's
     [ -f "$saved" ] || return 0
     where
-    lines=
-    ! holds "$saved" "$head" || while read -r path old new; do
-        case $path in /proc/sys/*) ;; *) continue ;; esac
-        value "$path" && [ "$value" = "$new" ] && ! inherit "$path" '' >/dev/null && lines="$lines$path $old$newline"
+    paths='' lines=''
+    ! holds "$saved" "$head" || while read -r path _; do
+        case $path in /proc/sys/*) paths="$paths $path" ;; esac
+    done <"$saved"
+    # shellcheck disable=SC2086  # an argument each
+    found=$(grep -sH '' $paths /dev/null) || [ $? -le 2 ] || fail "cannot read$paths"
+    [ -z "$paths" ] || while read -r path old new; do
+        case $newline$found$newline in *"$newline$path:$new$newline"*) ;; *) continue ;; esac
+        inherit "$path" '' >/dev/null || lines="$lines$path $old$newline"
     done <"$saved"
     while read -r path old; do [ -z "$path" ] || change "$path" "$old" || warn "$path stays as it is"; done <<END
 $lines
@@ -192,10 +197,10 @@ up() {
     # without an fe80 address the kernel sends no router solicitations into the tunnel
     [ ! -d "/proc/sys/net/ipv6/conf/$device" ] || link="$link addrgenmode none"
     batch -4 "$link${newline}addr replace ${MPT_ADDRESS4:?} dev $device${newline}link set dev $device up"
-    alone forward /proc/sys/net/ipv4 || fail 'net.ipv4.ip_forward cannot be set to 1 from here'
+    alone forward /proc/sys/net/ipv4 || fail 'net.ipv4.ip_forward is 0 and cannot be set here; set it outside'
     if [ -n "${MPT_ADDRESS6:-}" ] && has_ipv6; then
         batch -6 "addr replace $MPT_ADDRESS6 dev $device"
-        alone forward /proc/sys/net/ipv6 || warn 'net.ipv6.conf.all.forwarding cannot be set to 1 from here'
+        alone forward /proc/sys/net/ipv6 || warn 'no IPv6 for clients: net.ipv6.conf.all.forwarding stays 0'
     fi
     admit
 }
@@ -321,7 +326,11 @@ withdraw() {
     $1 == "table" { table = $2 " " $3 }
     $1 == "chain" { chain = $2 }
     index($0, mark) { print "delete rule", table, chain, "handle", $NF }')
-    [ -z "$lines" ] || rules "$lines" || warn "rules with the comment \"$mark\" stay; nft: $said"
+    while read -r line; do
+        [ -z "$line" ] || rules "$line" || warn "a rule with the comment \"$mark\" stays; nft: $said"
+    done <<END
+$lines
+END
     legacy -D
 }
 

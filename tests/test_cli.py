@@ -61,7 +61,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Stand in for the loop; return what it was asked to run."""
     asked: Runs = []
 
-    monkeypatch.setitem(sys.modules, "mptunnel.loop", SimpleNamespace(run_server=asked.append, run_client=asked.append))
+    monkeypatch.setitem(sys.modules, "mptunnel.program", SimpleNamespace(run_server=asked.append, run_client=asked.append))
     monkeypatch.setattr(cli, "_has_net_admin", lambda: True)
     return asked
 
@@ -238,7 +238,7 @@ def test_an_error_of_the_run_gives_its_line_and_its_exit_code(
     def refuse(*_: object) -> None:
         raise RefusedError("the server has no address left")
 
-    monkeypatch.setitem(sys.modules, "mptunnel.loop", SimpleNamespace(run_client=refuse))
+    monkeypatch.setitem(sys.modules, "mptunnel.program", SimpleNamespace(run_client=refuse))
     assert refused(capsys, "-c", "host") == (7, "mptunnel: the server has no address left\n")
     assert runs == []
 
@@ -249,7 +249,7 @@ def test_ctrl_c_is_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "mptunnel.loop", SimpleNamespace(run_server=interrupt))
+    monkeypatch.setitem(sys.modules, "mptunnel.program", SimpleNamespace(run_server=interrupt))
     assert cli.run(["-s"]) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert runs == []
@@ -299,7 +299,7 @@ def test_the_capability_is_read_from_the_kernel(mask: str, monkeypatch: pytest.M
 
 
 def test_help_imports_nothing_that_takes_long() -> None:
-    heavy = ("cryptography", "rich", "asyncio", "json", "logging", "mptunnel.loop", "mptunnel.config", "tomllib")
+    heavy = ("cryptography", "rich", "asyncio", "json", "logging", "mptunnel.program", "mptunnel.config", "tomllib")
     script = (
         "import sys; from mptunnel.cli import run; assert run(['--help']) == 0;"
         f"sys.stderr.write(' '.join(name for name in {heavy!r} if name in sys.modules))"

@@ -44,11 +44,12 @@ OURS = 5000  # the port of our server
 STOCK4, STOCK6 = f"{SERVER}:{PORT}", f"[{SERVER6}]:{PORT}"
 BY_ONE = ("-i", "p1", "--dns", "keep")
 BY_TWO = ("-i", "p1", "-i", "p2", "--dns", "keep")
-SOCKETS = Path("/var/run/wireguard")
+SOCKET = Path(f"/var/run/wireguard/{DEVICE}.sock")
 
 # Constants of our program made small: a rekey after 1 s of use; HELLO every 100 ms; silence noticed after 2.5 s.
 HASTY_REKEY = {"session.REKEY_AFTER_TIME": 1.0, "serverpeer.REKEY_TIMEOUT": 1.0}
 HASTY_HELLO = {"serverpeer.HELLO_INTERVAL": 0.1}
+HASTY_RETRY = {"timers.REKEY_TIMEOUT": 1.0}
 HASTY_DOUBT = {"timers.KEEPALIVE_TIMEOUT": 0.5, "timers.REKEY_TIMEOUT": 2.0, "peer.REKEY_TIMEOUT": 2.0}
 
 outside = pytest.mark.parametrize(("outside", "with_psk"), [(4, True), (6, False)], ids=["4-psk", "6"])
@@ -57,9 +58,8 @@ outside = pytest.mark.parametrize(("outside", "with_psk"), [(4, True), (6, False
 @pytest.fixture
 def tunnel(make_tunnel: Maker) -> Iterator[Tunnel]:
     require_tools()
-    before = list(SOCKETS.glob("*"))
     yield make_tunnel(ipv6=True)
-    assert list(SOCKETS.glob("*")) == before, "nothing of it is seen outside"
+    assert not SOCKET.exists(), "nothing of it is seen outside"
 
 
 def nearly_all_arrived(flow: Flow) -> bool:
@@ -103,9 +103,10 @@ def test_a_phone_may_handshake_anew_at_any_time(tunnel: Tunnel) -> None:
     tunnel.serve()
     phone = phone_of(tunnel)
     datagrams = Datagrams(tunnel.lab, 2.0, rate=200)
-    for number in (2, 3, 4):
+    for _ in range(3):
+        before = phone.handshakes()
         phone.configure()  # all its keys are gone
-        wait_until(lambda number=number: phone.handshakes() == number, "another handshake")
+        wait_until(lambda: phone.handshakes() > before, "another handshake")  # noqa: B023  asked at once
     assert all(map(nearly_all_arrived, datagrams.finish()))
 
 
@@ -123,13 +124,20 @@ def test_our_server_calls_a_phone_that_has_fallen_silent(tunnel: Tunnel) -> None
 def test_a_phone_may_roam(tunnel: Tunnel) -> None:
     tunnel.serve()
     phone = phone_of(tunnel)
-    datagrams = Datagrams(tunnel.lab, 3.0, rate=100)
+    datagrams = Datagrams(tunnel.lab, 2.0, rate=100)
     seen = [as_peer(tunnel)["endpoint"]]
-    for move in (
-        lambda: tunnel.lab.flush_nat(1),
-        lambda: phone.wg("set", DEVICE, "listen-port", "40000"),
-        lambda: (phone.go_by(2), tunnel.lab.link(1, up=False)),
-    ):
+
+    def flush() -> None:
+        tunnel.lab.flush_nat(1)
+
+    def change_port() -> None:
+        phone.wg("set", DEVICE, "listen-port", "40000")
+
+    def change_network() -> None:
+        phone.go_by(2)
+        tunnel.lab.link(1, up=False)
+
+    for move in (flush, change_port, change_network):
         move()
         wait_until(lambda: as_peer(tunnel)["endpoint"] != seen[-1], "the phone is seen elsewhere")
         seen.append(as_peer(tunnel)["endpoint"])
@@ -145,8 +153,8 @@ def test_a_phone_is_reached_by_what_its_keepalives_show(tunnel: Tunnel) -> None:
     phone.set_peer(phone.server_key, "persistent-keepalive", "off")
     phone.set_peer(phone.server_key, "persistent-keepalive", "1")
     begun = now()
-    wait_until(lambda: len(watch.up(DATA)) >= 3, "keepalives")
-    assert now() - begun > 1.0
+    wait_until(lambda: len(watch.up(DATA)) >= 2, "keepalives")
+    assert now() - begun > 0.9
     before = as_peer(tunnel)["endpoint"]
     tunnel.lab.flush_nat(1)
     wait_until(lambda: as_peer(tunnel)["endpoint"] != before, "a keepalive from the new port")
@@ -208,8 +216,8 @@ def test_our_client_rekeys_with_a_stock_server_without_a_loss(tunnel: Tunnel) ->
     provider = Provider(tunnel)
     go_through(tunnel, provider.configuration(STOCK4), *BY_TWO, change=HASTY_REKEY)
     before = provider.answers()
-    flows = to_provider(tunnel, 4.0, rate=200).finish()
-    assert provider.answers() - before >= 3
+    flows = to_provider(tunnel, 3.0, rate=200).finish()
+    assert provider.answers() - before >= 2
     assert [(flow.lost, flow.duplicated) for flow in flows] == [(0, 0), (0, 0)]
 
 
@@ -231,7 +239,7 @@ def test_our_client_comes_through_with_a_cookie_while_a_stock_server_is_under_lo
     watch = Watch(tunnel, PORT)
     Flood(tunnel.lab, "sv", provider.public, PORT, burst=600)
     wait_until(lambda: "Sending cookie response" in provider.log(), "load")
-    go_through(tunnel, provider.configuration(STOCK4), *BY_TWO)
+    go_through(tunnel, provider.configuration(STOCK4), *BY_TWO, change=HASTY_RETRY)
     assert [(each.kind, each.has_mac2) for each in watch.seen(INITIATION, COOKIE, RESPONSE)] == [
         (INITIATION, False),
         (COOKIE, True),
@@ -240,13 +248,24 @@ def test_our_client_comes_through_with_a_cookie_while_a_stock_server_is_under_lo
     ]
 
 
+def test_the_command_line_goes_before_the_file_of_a_stock_server(tunnel: Tunnel) -> None:
+    provider = Provider(tunnel)
+    more = ("--route", f"{provider.ADDRESSES[0]}/32", "--mtu", "1300")
+    go_through(tunnel, provider.configuration(STOCK4), *BY_TWO, *more)
+    device = tunnel.lab.run("cl", ["sh", "-c", "ip link show mpt0; ip route show dev mpt0; ip -6 route show dev mpt0"])
+    assert " mtu 1300 " in device
+    assert "10.9.0.1 scope link" in device
+    assert "10.9.0.0/24" not in device
+    assert "fd09::/64" not in device
+
+
 def test_our_client_keeps_a_stock_tunnel_alive_as_its_file_says(tunnel: Tunnel) -> None:
     provider = Provider(tunnel)
     watch = Watch(tunnel, PORT)
     go_through(tunnel, provider.configuration(STOCK4, more="PersistentKeepalive = 1"), *BY_TWO)
     begun = now()
-    wait_until(lambda: len(watch.up(DATA, since=begun)) >= 3, "keepalives")
-    assert now() - begun > 2.0
+    wait_until(lambda: len(watch.up(DATA, since=begun)) >= 2, "keepalives")
+    assert now() - begun > 0.9
     before = provider.peer()["endpoint"]
     tunnel.lab.flush_nat(1)
     wait_until(lambda: provider.peer()["endpoint"] != before, "a keepalive from the new port")
@@ -275,7 +294,7 @@ def test_with_a_stock_server_the_second_path_takes_over_when_the_first_one_goes(
     lab = tunnel.lab
     provider = Provider(tunnel)
     go_through(tunnel, provider.configuration(STOCK4), *BY_TWO)
-    datagrams = to_provider(tunnel, 2.0)
+    datagrams = to_provider(tunnel, 1.5)
     lab.link(1, up=False)
     wait_until(lambda: seen_at(provider) == lab.public_address(2), "the second path is used")
     assert all(map(nearly_all_arrived, datagrams.finish()))
@@ -285,7 +304,7 @@ def test_with_a_stock_server_the_second_path_is_tried_when_the_first_one_dies_si
     lab = tunnel.lab
     provider = Provider(tunnel)
     go_through(tunnel, provider.configuration(STOCK4), *BY_TWO, change=HASTY_DOUBT)
-    datagrams = to_provider(tunnel, 4.5)
+    datagrams = to_provider(tunnel, 4.0)
     lab.wire("p1").cut()
     begun = now()
     wait_until(lambda: seen_at(provider) == lab.public_address(2), "the second path is used")

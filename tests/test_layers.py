@@ -19,6 +19,7 @@ CORE = [
     "timers path receipts",
     "peer",
     "serverpeer clientpeer register uplinks role",
+    "plan",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
@@ -26,6 +27,7 @@ PROGRAM = [
     "control state tun udp netlink worker wires options report",
     "host lab membership admin",
     "loop traffic",
+    "program",
     "story",
     "picture",
     "demo",

@@ -365,13 +365,13 @@ def test_an_initiation_replayed_after_a_restart_never_becomes_a_session_in_use()
 
 def test_a_stock_client_gets_one_copy_and_loses_nothing_over_rekeys() -> None:
     net = stock(Wire())
-    traffic = Traffic(net, rate=20)
+    traffic = Traffic(net, rate=5)
     traffic.run(400.0)
     assert traffic.is_whole()
     assert book(net).sessions_made == 4
     assert book(net).foreign == []  # no control message comes to one who said no HELLO
     assert book(net).drops == {}
-    assert len(net.sent(TRANSPORT, "down")) <= 400 * 20 + 10
+    assert len(net.sent(TRANSPORT, "down")) <= 400 * 5 + 10
 
 
 def test_the_endpoint_of_a_stock_client_follows_its_newest_authentic_datagram() -> None:

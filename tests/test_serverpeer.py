@@ -247,7 +247,7 @@ def test_hello_is_the_first_datagram_under_every_session_on_each_path() -> None:
         return datagram
 
     net.tap = tap
-    Traffic(net, rate=20).run(250.0)
+    Traffic(net, rate=1).run(250.0)
     assert len(first) == 3 * 2
     assert set(first.values()) == {Control.HELLO}
 
@@ -370,7 +370,7 @@ def test_another_instance_of_the_server_makes_the_paths_count_anew() -> None:
 def test_a_rekey_is_no_new_instance() -> None:
     net = running(Wire(), Wire())
     before = {path.incarnation for path in net.client.paths.values()}
-    Traffic(net, rate=10).run(130.0)
+    Traffic(net, rate=2).run(130.0)
     assert before == {path.incarnation for path in net.client.paths.values()}
 
 
@@ -648,11 +648,11 @@ def book(net: Simnet) -> BookPeer:
 
 def test_a_stock_server_gets_one_copy_on_one_path_and_loses_nothing() -> None:
     net = stock()
-    traffic = Traffic(net, rate=20)
+    traffic = Traffic(net, rate=5)
     traffic.run(400.0)
     assert traffic.is_whole()
     assert {number for _, side, number, _ in net.log if side == "up"} == {0}
-    assert len(net.sent(TRANSPORT, "up")) < 400 * 20 + 4 * 20 + 50
+    assert len(net.sent(TRANSPORT, "up")) < 400 * 5 + 4 * 20 + 50
     assert book(net).sessions_made == 4  # rekeyed every 120 s
     assert book(net).drops == {}
 
