@@ -305,7 +305,7 @@ class Timestamps:
         return self._asked
 
     def reserved(self, until: int) -> None:
-        """The disk now holds `until`."""
+        """The disk now holds `until`, or cannot be written: then the clock is all there is."""
         self._reserved = until
 
     def next(self, now: float) -> bytes:

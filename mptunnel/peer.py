@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_STAGED: Final = 128
+MAX_COOKIES: Final = 16
 MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
 MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
@@ -395,6 +396,8 @@ class Peer:
         except NotAuthenticError:
             self.identity.drops["cookie not authentic"] += 1
             return
+        if len(self._cookies) >= MAX_COOKIES:
+            self._cookies.clear()  # who sees our initiation and knows the peer's key can make as many as it likes
         self._cookies[self._way_of(source)] = (cookie, self._initiated_at)
         self.cookie_at(source)
 

@@ -219,9 +219,15 @@ class Simnet:
     def links(self) -> tuple[Link, ...]:
         return tuple(
             Link(
-                f"w{n}", n + 2, "", not self.down[n], (IPv4Interface(f"{wire.address}/24"),),
-                Gateway(IPv4Address(f"192.168.{n}.1"), 100 + n), None, 1500,
-            )  # fmt: skip
+                f"w{n}",
+                n + 2,
+                "",
+                not self.down[n],
+                (IPv4Interface(f"{wire.address}/24"),),
+                Gateway(IPv4Address(f"192.168.{n}.1"), 100 + n),
+                None,
+                1500,
+            )
             for n, wire in enumerate(self.wires)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +27,7 @@ from mptunnel.config import (
     wireguard_text,
 )
 from mptunnel.errors import ConfigError, RefusedError, UnreachableError
-from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState
 from mptunnel.messages import INITIATION, TRANSPORT, Control
 from mptunnel.packet import PLAIN
 from mptunnel.path import PathState
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mptunnel.events import Event
-    from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 UP = ipv4(CLIENT, TARGET, b"x")
@@ -146,7 +145,7 @@ def test_a_crash_at_any_moment_of_joining_is_completed_by_the_same_command(side:
 def test_enrolled_is_believed_only_when_it_is_saved_here_too() -> None:
     net = joining(Wire())
     net.run(0.05)
-    net.failing = {name for name in ["client/servers/" + ServerRecord(SERVER_PUBLIC, b"").file_name]}
+    net.failing = {"client/servers/" + ServerRecord(SERVER_PUBLIC, b"").file_name}
     net.run(2.0)
     assert isinstance(stop_of(net), ConfigError)
     assert "cannot save that we joined" in str(stop_of(net))
@@ -444,7 +443,7 @@ def test_the_name_is_looked_up_every_hour_and_a_new_address_is_kept() -> None:
     client = client_of("wan1")
     client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
     settled(client)
-    asked: list[Event] = []
+    asked: list[Resolve] = []
     now = 1000.0
     while not asked:
         now = client.next_deadline()
@@ -511,7 +510,7 @@ def test_ipv6_that_the_server_cannot_pass_on_is_answered_at_once() -> None:
     net.client_sends(beyond, inside, UP)
     net.run(0.1)
     assert [packet for _, packet in net.at_server] == [inside, UP]
-    (_, answer), = net.at_client
+    ((_, answer),) = net.at_client
     assert answer[6] == 58
     assert answer[40:42] == b"\x01\x00"
     assert answer[8:24] == TUNNEL6[1].packed
@@ -522,7 +521,8 @@ def test_what_is_no_ip_packet_is_not_sent() -> None:
     net = Simnet(Wire())
     net.run(1.0)
     since = net.now
-    net.client.send([memoryview(PLAIN + b"\x01" + bytes(60)), memoryview(PLAIN + bytes(20))], net.now, inbox := [])
+    inbox: list[Buffer] = []
+    net.client.send([memoryview(PLAIN + b"\x01" + bytes(60)), memoryview(PLAIN + bytes(20))], net.now, inbox)
     net.turn()
     assert net.sent(TRANSPORT, "up", None, since) == []
     assert inbox == []
@@ -595,11 +595,9 @@ def test_a_wg_quick_file_makes_a_client_of_a_stock_server() -> None:
     text = wireguard_text(
         CLIENT_KEY, [IPv4Interface("10.0.1.2/32")], [IPv4Address("9.9.9.9")], SERVER_PUBLIC, PSK, "sim.example:5000"
     )
-    text = text.replace("0.0.0.0/0", "203.0.113.0/24").replace(", ::/0", "")  # noqa: S104
+    text = text.replace("0.0.0.0/0", "203.0.113.0/24").replace(", ::/0", "")
     file = parse_wireguard(text)
-    settings = ClientSettings(
-        server="sim.example", interfaces=("w0", "w1"), routes=file.allowed_ips, wireguard=file
-    )
+    settings = ClientSettings(server="sim.example", interfaces=("w0", "w1"), routes=file.allowed_ips, wireguard=file)
     server = BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK)
     net = Simnet(Wire(), Wire(), stock_server=server, said_hello=False, settings=settings)
     (values,) = [values for _, verb, values in net.scripts if verb == "up"]

@@ -5,20 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.simnet import (
-    CLIENT_KEY,
-    CLIENT_PUBLIC,
-    PSK,
-    SERVER_PUBLIC,
-    TARGET,
-    TUNNEL4,
-    Simnet,
-    Traffic,
-    Wire,
-    ipv4,
-    stranger,
-)
-from tests.bookpeer import BookPeer
 
 from mptunnel.messages import (
     INITIATION,
@@ -39,6 +25,20 @@ from mptunnel.messages import (
     decode_probe_untrusted,
 )
 from mptunnel.path import PathState
+from tests.bookpeer import BookPeer
+from tests.simnet import (
+    CLIENT_KEY,
+    CLIENT_PUBLIC,
+    PSK,
+    SERVER_PUBLIC,
+    TARGET,
+    TUNNEL4,
+    Simnet,
+    Traffic,
+    Wire,
+    ipv4,
+    stranger,
+)
 
 if TYPE_CHECKING:
     from mptunnel.events import Endpoint
@@ -139,7 +139,7 @@ def test_stolen_data_is_delivered_once_and_moves_nothing() -> None:
     net, thief = running(Wire()), stranger()
     stolen: list[bytes] = []
 
-    def tap(side: str, wire: int, datagram: bytes) -> bytes | None:
+    def tap(side: str, _: int, datagram: bytes) -> bytes | None:
         plain = net.plaintext("up", datagram) if side == "up" else None
         if plain and plain[0] >= 0x40:
             stolen.append(datagram)
@@ -351,7 +351,7 @@ def test_an_idle_path_gets_16_kib_until_the_next_probe_and_loses_nothing() -> No
     net.run(25.0 - (net.now - net.guest.paths[0].refreshed_at) + 10.0)
     assert net.guest.paths[0].state is PathState.IDLE
     since = net.now
-    net.tap = lambda side, wire, datagram: None if side == "up" else datagram  # the next probe does not come yet
+    net.tap = lambda side, _, datagram: None if side == "up" else datagram  # the next probe does not come yet
     net.server_sends(*(ipv4(TARGET, CLIENT, bytes(1000) + bytes([number])) for number in range(100)))
     net.run(0.5)
     sent = sum(len(datagram) for _, datagram in net.sent(TRANSPORT, "down", 0, since))
@@ -367,7 +367,7 @@ def test_an_idle_path_of_two_is_bounded_too_while_the_other_one_is_fresh() -> No
     net.run(25.0 - (net.now - net.guest.paths[0].refreshed_at) + 10.0)
     assert net.guest.paths[0].state is PathState.IDLE
     since = net.now
-    net.tap = lambda side, wire, datagram: None if side == "up" else datagram
+    net.tap = lambda side, _, datagram: None if side == "up" else datagram
     deliver(net, probe(net, 1), net.source(1))
     net.server_sends(*(ipv4(TARGET, CLIENT, bytes(1000) + bytes([number])) for number in range(100)))
     net.run(0.5)
@@ -488,7 +488,7 @@ def test_a_hello_is_answered_to_where_it_came_from_with_the_addresses_and_the_se
 
 def test_a_client_is_taken_for_stock_until_it_says_hello() -> None:
     net = Simnet(Wire(), Wire())
-    net.tap = lambda side, wire, datagram: None if side == "up" and len(datagram) == 64 else datagram
+    net.tap = lambda side, _, datagram: None if side == "up" and len(datagram) == 64 else datagram
     net.run(2.0)
     assert not net.guest.is_multipath
     assert net.server.drops["control message before HELLO"] > 0
@@ -587,7 +587,7 @@ def test_one_path_is_closed_by_its_incarnation_only() -> None:
 
 def test_what_a_hello_said_is_inherited_by_later_sessions() -> None:
     net = running(Wire(), Wire())
-    net.tap = lambda side, wire, datagram: (
+    net.tap = lambda side, _, datagram: (
         None if side == "up" and (net.plaintext("up", datagram) or b"-")[0] == Control.HELLO else datagram
     )
     traffic = Traffic(net, rate=5)

@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.simnet import CLIENT_PUBLIC, TARGET, Simnet, Wire, ipv4, stranger
 
 from mptunnel.messages import INITIATION, Capability, Challenge, Control, Hello
+from mptunnel.noise import CookieMaker, StaticKey
 from mptunnel.path import MAX_ANSWERS, PathState
 from mptunnel.serverpeer import MTU_STEPS
+from tests.simnet import CLIENT_KEY, CLIENT_PUBLIC, TARGET, Simnet, Wire, ipv4, stranger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -239,3 +240,18 @@ def test_a_datagram_too_big_for_a_path_that_is_closed_keeps_nobody_busy() -> Non
     net.peer.paths[0].received(40, 64_000, 1452)
     net.client.handle_timeout(net.now + 1.0)
     assert net.client.next_deadline() > net.now + 1.0
+
+
+def test_forged_cookies_from_anywhere_do_not_pile_up() -> None:
+    net = Simnet(down=(0, 1))
+    guest = net.server._peer_of(CLIENT_PUBLIC, net.now)
+    assert guest is not None
+    guest.endpoint = stranger()
+    out: list[Transmit] = []
+    guest.send([down()], net.now, out)
+    initiation = bytes(out[0].data)
+    maker = CookieMaker(StaticKey(CLIENT_KEY), random.Random(1).randbytes)  # it takes no more than a public key
+    for number in range(500):
+        guest.cookie_received(maker.reply(initiation, bytes((number % 256,)), 0.0), stranger(number))
+    assert len(guest._cookies) <= 16
+    assert not net.server.drops["cookie not authentic"]

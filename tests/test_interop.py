@@ -42,7 +42,6 @@ pytestmark = pytest.mark.netns
 
 OURS = 5000  # the port of our server
 STOCK4, STOCK6 = f"{SERVER}:{PORT}", f"[{SERVER6}]:{PORT}"
-BY_ONE = ("-i", "p1", "--dns", "keep")
 BY_TWO = ("-i", "p1", "-i", "p2", "--dns", "keep")
 SOCKET = Path(f"/var/run/wireguard/{DEVICE}.sock")
 

@@ -155,7 +155,7 @@ def test_fifty_thousand_packets_leave_no_garbage_to_collect() -> None:
 
 def test_a_responder_sends_nothing_under_a_session_that_is_not_confirmed() -> None:
     net = stock(Wire())
-    net.tap = lambda side, number, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
+    net.tap = lambda side, _, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
     net.client_sends(UP)
     net.run(1.0)
     assert net.guest.next is not None
@@ -235,7 +235,7 @@ def test_a_session_ends_before_its_counter_does() -> None:
 def test_a_corrupted_copy_does_not_keep_the_good_one_out() -> None:
     net = Simnet(Wire(delay=0.01), Wire(delay=0.03))
     net.run(3.0)
-    net.tap = lambda side, number, datagram: (
+    net.tap = lambda _, number, datagram: (
         datagram[:20] + bytes([datagram[20] ^ 1]) + datagram[21:] if number == 0 and len(datagram) > 40 else datagram
     )
     traffic = Traffic(net)
@@ -482,7 +482,7 @@ def test_handshakes_of_both_sides_that_cross_are_sorted_out() -> None:
 
 def test_a_response_counts_as_a_handshake_sent_so_that_the_server_does_not_call_back_at_once() -> None:
     net = stock(Wire())
-    net.tap = lambda side, number, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
+    net.tap = lambda side, _, datagram: None if side == "up" and datagram[0] == TRANSPORT else datagram
     net.client_sends(UP)
     net.run(1.0)
     net.server_sends(DOWN)

@@ -28,7 +28,6 @@ from mptunnel.events import RunScript, SaveState
 from mptunnel.messages import INITIATION, TRANSPORT, Control, Enrol, Enrolled, EnrolResult, decode_enrolled_untrusted
 from mptunnel.noise import NO_PSK, StaticKey
 from mptunnel.packet import PLAIN
-from mptunnel.register import Reply
 from mptunnel.server import Offer, Server
 from tests.bookpeer import BookPeer
 from tests.simnet import (
@@ -53,6 +52,7 @@ from tests.simnet import (
 if TYPE_CHECKING:
     from mptunnel.events import Endpoint
     from mptunnel.packet import Buffer
+    from mptunnel.register import Reply
 
 CLIENT = str(TUNNEL4[2])
 LOW_ORDER = bytes(32)
@@ -363,7 +363,11 @@ def test_if_either_file_cannot_be_saved_the_client_is_to_try_again(failing: str)
 def test_a_join_session_carries_nothing_but_enrol() -> None:
     net, _, holder = joining()
     assert holder.current is not None
-    for plain in (ipv4(CLIENT, TARGET, b"x"), *(bytes([kind]) + bytes(79) for kind in range(1, 8)), b"\x0a" + bytes(15)):
+    for plain in (
+        ipv4(CLIENT, TARGET, b"x"),
+        *(bytes([kind]) + bytes(79) for kind in range(1, 8)),
+        b"\x0a" + bytes(15),
+    ):
         net.deliver(holder.current.seal(plain), net.source(0))
         net.turn()
     net.run(30.0)
@@ -424,7 +428,7 @@ def test_an_initiation_alone_spends_no_token() -> None:
     (answer,) = ask(net, holder, KEY)
     member = BookPeer(b"\x41" * 32, SERVER_PUBLIC, answer.psk, endpoint=0)
     net.use_stock_client(member)
-    net.tap = lambda side, number, datagram: None if datagram[0] == TRANSPORT else datagram
+    net.tap = lambda _side, _number, datagram: None if datagram[0] == TRANSPORT else datagram
     member.send([ipv4(CLIENT, TARGET, b"x")], net.now)
     net.turn()
     net.run(0.1)
@@ -542,7 +546,19 @@ class Pair:
         return found[0], found[1]
 
 
-VARIES = {"psk", "server_public_key", "port", "added", "removed", "ipv6", "created", "expires", "ended", "token", "ident"}
+VARIES = {
+    "psk",
+    "server_public_key",
+    "port",
+    "added",
+    "removed",
+    "ipv6",
+    "created",
+    "expires",
+    "ended",
+    "token",
+    "ident",
+}
 
 
 def plain(answer: Any) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.simnet import WALL, Simnet, Traffic, Wire, counter_of
 
 from mptunnel.messages import TRANSPORT
+from tests.simnet import WALL, Simnet, Traffic, Wire, counter_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,8 +104,8 @@ def test_faults_of_one_path_at_a_time_lose_nothing(seed: int, plan: list[tuple[i
     for victim, fault, lasting in plan:
         begin, end = FAULTS[fault]
         lasts = max(lasting, 3.0) if "flapping" in fault else lasting
-        net.after(at, lambda begin=begin, victim=victim: begin(net, victim))
-        net.after(at + lasts, lambda end=end, victim=victim: end(net, victim))
+        net.after(at, partial(begin, net, victim))
+        net.after(at + lasts, partial(end, net, victim))
         at += lasts + 3.0
     traffic = Traffic(net, rate=20)
     traffic.run(at)
@@ -118,9 +119,12 @@ def test_no_packet_is_delivered_twice_or_altered_whatever_the_faults(seed: int) 
     net = Simnet(
         *(
             Wire(
-                delay=rng.uniform(0.001, 0.7), jitter=rng.uniform(0, 0.5), duplicate=rng.random(),
-                loss_up=rng.uniform(0, 0.5), loss_down=rng.uniform(0, 0.5),
-            )  # fmt: skip
+                delay=rng.uniform(0.001, 0.7),
+                jitter=rng.uniform(0, 0.5),
+                duplicate=rng.random(),
+                loss_up=rng.uniform(0, 0.5),
+                loss_down=rng.uniform(0, 0.5),
+            )
             for _ in range(rng.randint(1, 4))
         ),
         seed=seed,
@@ -184,8 +188,8 @@ def test_alternating_deaths_with_an_overlap_of_2_5_s_lose_nothing() -> None:
     net = running()
     traffic = Traffic(net, rate=50)
     for turn in range(12):
-        net.after(1.0 + 5.5 * turn, lambda turn=turn: cut(net, turn % 2))
-        net.after(4.0 + 5.5 * turn, lambda turn=turn: mend(net, turn % 2))
+        net.after(1.0 + 5.5 * turn, partial(cut, net, turn % 2))
+        net.after(4.0 + 5.5 * turn, partial(mend, net, turn % 2))
     traffic.run(70.0)
     assert traffic.is_whole()
 
