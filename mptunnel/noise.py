@@ -102,11 +102,6 @@ class Initiation:
     hash: bytes = field(repr=False)
     ephemeral: X25519PrivateKey = field(repr=False)
 
-    @property
-    def mac1(self) -> bytes:
-        """The 16 bytes that a cookie reply must be bound to."""
-        return self.datagram[-MACS_SIZE:-MAC_SIZE]
-
 
 @dataclass(frozen=True, slots=True)
 class Consumed:

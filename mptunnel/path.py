@@ -38,6 +38,7 @@ DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
 MAX_PENDING: Final = 256
 FRESH_FOR: Final = 3.0
+MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
 IDLE_SLACK: Final = 5.0
 IDLE_BYTES: Final = 16 * 1024
 LAST_RESORT: Final = 15.0
@@ -447,7 +448,7 @@ class ServerPath(Path):
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
         self.use = probe.use
-        self.rtt = probe.rtt_us / 1e6 or None
+        self.rtt = min(probe.rtt_us / 1e6, MAX_RTT) or None
         self._heard = now
         self.refresh(now)
 

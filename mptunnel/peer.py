@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
-from mptunnel.messages import MACS_SIZE, Capability
+from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, complete, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
@@ -344,6 +344,7 @@ class Peer:
         self._forget_initiation()
         index = self.identity.indices.new(self)
         response, keys = noise.create_response(self.remote, consumed, index, self.identity.entropy)
+        response = self._with_mac2(response, self._way_of(source), now)
         self._drop(self.next)
         self._drop(self.previous)
         self.previous = None
@@ -387,12 +388,12 @@ class Peer:
         self._confirmed(now, out)
 
     def cookie_received(self, message: bytes, source: Any) -> None:
-        """Keep a cookie for mac2 of the next initiation to `source`."""
-        if self.initiation is None:
-            self.identity.drops["cookie not expected"] += 1
-            return
+        """Keep a cookie for mac2 of the next initiation or response to `source`."""
+        initiation, sent = self.initiation, self._answered[1]
+        if initiation is not None and message[4:8] == initiation.index.to_bytes(4, "little"):
+            sent = initiation.datagram
         try:
-            cookie = noise.open_cookie(self.remote, message, self.initiation.mac1)
+            cookie = noise.open_cookie(self.remote, message, sent[-MACS_SIZE:-MAC_SIZE])
         except NotAuthenticError:
             self.identity.drops["cookie not authentic"] += 1
             return
@@ -436,12 +437,14 @@ class Peer:
         if self.initiation is None:
             return
         for way in ways:
-            datagram = self.initiation.datagram
-            cookie, got_at = self._cookies.get(way, (b"", -INF))
-            if cookie and now - got_at < noise.COOKIE_USABLE:
-                datagram = noise.with_mac2(datagram, cookie)
+            datagram = self._with_mac2(self.initiation.datagram, way, now)
             out.append(Transmit(way, datagram, len(datagram)))
         self.timers.anything_sent(now)
+
+    def _with_mac2(self, datagram: bytes, way: Any, now: float) -> bytes:
+        """Return a handshake message as it goes one way: with mac2, if we have a cookie from there."""
+        cookie, got_at = self._cookies.get(way, (b"", -INF))
+        return noise.with_mac2(datagram, cookie) if cookie and now - got_at < noise.COOKIE_USABLE else datagram
 
     def _forget_initiation(self) -> None:
         if self.initiation is not None:

@@ -61,7 +61,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Stand in for the loop; return what it was asked to run."""
     asked: Runs = []
 
-    monkeypatch.setitem(sys.modules, "mptunnel.program", SimpleNamespace(run_server=asked.append, run_client=asked.append))
+    monkeypatch.setitem(
+        sys.modules, "mptunnel.program", SimpleNamespace(run_server=asked.append, run_client=asked.append)
+    )
     monkeypatch.setattr(cli, "_has_net_admin", lambda: True)
     return asked
 

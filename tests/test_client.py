@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mptunnel.events import Event
+    from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 UP = ipv4(CLIENT, TARGET, b"x")

@@ -177,6 +177,23 @@ def test_a_phone_comes_through_with_a_cookie_while_our_server_is_under_load(tunn
     assert ping(tunnel.lab, "cl", TARGET)
 
 
+def test_our_server_comes_through_with_a_cookie_while_a_phone_is_under_load(tunnel: Tunnel) -> None:
+    tunnel.serve()
+    phone = phone_of(tunnel)
+    watch = Watch(tunnel, OURS)
+    Flood(tunnel.lab, "cl", as_peer(tunnel)["public_key"], PORT, burst=600)
+    wait_until(lambda: "Sending cookie response" in phone.log(), "load")
+    phone.configure()
+    wait_until(lambda: phone.handshakes() == 2, "a response that the phone takes")
+    assert [(each.kind, each.has_mac2) for each in watch.seen(INITIATION, COOKIE, RESPONSE)] == [
+        (INITIATION, False),
+        (RESPONSE, False),
+        (COOKIE, True),
+        (INITIATION, False),
+        (RESPONSE, True),
+    ]
+
+
 # -- a provider: our client of wireguard-go ----------------------------------------------------------------------
 
 

@@ -305,6 +305,7 @@ def test_a_name_longer_than_its_field_and_prefixes_longer_than_addresses_are_ref
             messages.decode_address_untrusted(memoryview(bytes(address)))
 
 
+@settings(deadline=None)
 @given(IPV4 | IPV6)
 def test_an_address_is_packed_and_unpacked(address: IPv4Address | IPv6Address) -> None:
     packed = messages.pack_address(address)

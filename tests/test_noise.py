@@ -84,7 +84,7 @@ def test_message_1_is_that_of_the_vectors_and_leaves_their_chain_and_hash() -> N
     assert initiation.chain.hex() == "4696b0ed00cff9c62cf447eb5f9c899d508e66b889a8cef23c4ae5c60f902b5e"
     assert initiation.hash.hex() == "19016b217eaa957379f75f0e5719be9973d51b0b90cdcdf7fc98f1c4e65f7bd4"
     assert initiation.index == INDEX_I
-    assert initiation.mac1 == MESSAGE_1[116:132]
+    assert initiation.datagram[116:132] == MESSAGE_1[116:132]
 
 
 def test_message_1_of_the_vectors_is_opened() -> None:

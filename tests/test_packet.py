@@ -6,7 +6,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mptunnel.errors import BadPacketError
@@ -34,6 +34,7 @@ def plain_checksum(data: bytes) -> int:
     return total ^ 0xFFFF
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100), st.integers(0, 10), st.integers(0, 40))
 def test_the_padding_behind_a_packet_is_cut_off(payload: bytes, options: int, padding: int) -> None:
     for packet in (ipv4(payload, options), ipv6(payload)):
@@ -42,6 +43,7 @@ def test_the_padding_behind_a_packet_is_cut_off(payload: bytes, options: int, pa
         assert bytes(trim(view)) == packet
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 @example(b"")
 @example(b"\x45")
@@ -68,6 +70,7 @@ def test_packets_that_lie_about_their_length_are_refused() -> None:
             trim(bad)
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=4), st.ip_addresses(v=4), st.ip_addresses(v=6), st.ip_addresses(v=6))
 def test_addresses_are_where_they_stand(
     from4: IPv4Address, to4: IPv4Address, from6: IPv6Address, to6: IPv6Address
@@ -80,6 +83,7 @@ def test_addresses_are_where_they_stand(
         assert (source(memoryview(packet)), destination(memoryview(packet))) == (sender.packed, receiver.packed)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.integers(0, 60).map(lambda n: b"\xff" * n) | st.integers(0, 60).map(bytes))
 @example(bytes.fromhex("0001f203f4f5f6f7"))
 def test_the_checksum_is_that_of_rfc_1071(data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptunnel.scheduler import Redundant
@@ -38,6 +38,7 @@ def test_without_paths_nothing_is_chosen() -> None:
     assert Redundant().choose(5, 1452, []) == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(32, 1500), CARRIERS)
 def test_everything_goes_whole_to_one_path_at_least_and_nobody_is_asked_twice(
     count: int, size: int, carriers: list[Carrier]

@@ -369,6 +369,7 @@ def test_a_counter_is_spent_even_if_sealing_fails() -> None:
     assert sender.counter == 3
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1500), st.integers(0, 1500))
 def test_padding_goes_to_a_multiple_of_16_but_never_beyond_the_limit(length: int, limit: int) -> None:
     sender, receiver = pair()
@@ -442,6 +443,7 @@ def test_runs_are_cut_where_type_or_index_change(heads: list[tuple[int, int]], l
     assert runs == [b"".join(run) for run in cut]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=20), st.integers(OVERHEAD, 100), st.data())
 def test_counters_are_read_from_every_datagram_of_a_run(counters: list[int], size: int, data: st.DataObject) -> None:
     datagrams = [TRANSPORT_HEADER.pack(4, 1, counter).ljust(size, b"x") for counter in counters]

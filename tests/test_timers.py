@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptunnel.timers import INF, JITTER, PeerTimers, Timer
@@ -181,6 +181,7 @@ def test_a_timer_is_moved_only_forward_by_at_the_latest_and_stopped_by_infinity(
     assert not peer.is_armed(Timer.SETTLE)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(Timer), st.floats(0, 100))), st.floats(0, 100))
 def test_asking_for_the_deadline_changes_nothing(set_to: list[tuple[Timer, float]], now: float) -> None:
     peer = timers()
