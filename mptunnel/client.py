@@ -226,14 +226,10 @@ class Client(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        state_check = INF if self._has_warned or self._state == "up" else self._state_at + WARN_AFTER
-        return min(
-            self._peer.next_deadline(),
-            self._join_until,
-            self._resolve_at,
-            state_check,
-            *self._reopen_at.values(),
-        )
+        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at)
+        if self._state != "up" and not self._has_warned:
+            due = min(due, self._state_at + WARN_AFTER)
+        return min(due, *self._reopen_at.values()) if self._reopen_at else due
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due."""

@@ -50,11 +50,12 @@ log = logging.getLogger(__name__)
 
 IN_USE: Final = 10.0
 UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
+ROUTE_SPACING: Final = 1.0  # a client that changes its MTU all the time must not keep the host busy
 HELLO_WITHIN: Final = 3.0  # of a session in which data comes: else the client is a stock peer now
 
 
 class ClientPeer(Peer):
-    """One client. `news` is what the server must act on: a HELLO, an MTU, or None for "it has confirmed its key"."""
+    """One client. `news` is what the server must act on: its tunnel MTU, or None for "it has confirmed its key"."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class ClientPeer(Peer):
         super().__init__(identity, remote, record.name, mtu, now)
         self.record = record
         self.paths: dict[int, ServerPath] = {}
-        self.news: list[Hello | None] = []
+        self.news: list[int | None] = []
         self.tunnel_mtu = 0  # what its HELLO said
         self._address = address
         self._allowed = frozenset((record.ipv4.packed, record.ipv6.packed))
@@ -82,6 +83,7 @@ class ClientPeer(Peer):
         self._client_instance: int | None = None
         self._hello_order = (-1, -1)  # session and counter of the newest HELLO
         self._unbound_answers = Allowance()
+        self._mtu_told_at = -INF
 
     # -- sending ---------------------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class ClientPeer(Peer):
             self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
         if is_newest and hello.mtu != self.tunnel_mtu:
             self.tunnel_mtu = hello.mtu
-            self.news.append(hello)
+            self.timers.at(Timer.ROUTE, max(now, self._mtu_told_at + ROUTE_SPACING))
         if not (self._unbound_answers.take(now) if path is None else path.may_answer(now)):
             return
         answer = Hello(
@@ -284,7 +286,7 @@ class ClientPeer(Peer):
             self._bound.pop(path.endpoint, None)
         holder = self._bound.get(source)
         if holder is not None:  # one endpoint is one path: a client that numbers its paths anew
-            holder.endpoint = None
+            holder.endpoint, holder.unasked_at = None, INF
         log.info("%s path %d at %s", self.name, path.id, source)
         path.bind(candidate, now)
         self._bound[source] = path
@@ -332,6 +334,13 @@ class ClientPeer(Peer):
 
     # -- time ------------------------------------------------------------------------------------------
 
+    def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
+        if timer is Timer.ROUTE:
+            self._mtu_told_at = now
+            self.news.append(self.tunnel_mtu)
+        else:
+            super()._expired(timer, now, out)
+
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
         due = self.timers.next_deadline()
@@ -348,9 +357,10 @@ class ClientPeer(Peer):
             if path.forgotten_at() <= now:
                 log.info("%s path %d forgotten: silent for %.0f s", self.name, path.id, now - path.since)
                 self._forget_path(path)
-            elif state is PathState.LAPSED:
-                if was is not PathState.LAPSED:
-                    log.info("%s path %d silent: no data there until it is heard again", self.name, path.id)
+                continue
+            if state is PathState.LAPSED and was is not PathState.LAPSED:
+                log.info("%s path %d silent: no data there until it is heard again", self.name, path.id)
+            if state in {PathState.FRESH, PathState.LAPSED}:
                 self._show_life(path, now, out)
 
     def _show_life(self, path: ServerPath, now: float, out: list[Transmit]) -> None:
@@ -397,6 +407,7 @@ class JoinPeer(Peer):
     def __init__(self, identity: Identity, remote: Remote, name: str, now: float) -> None:
         super().__init__(identity, remote, name, 0, now)
         self.news: list[tuple[Enrol, Any]] = []
+        self._answers = Allowance()
 
     def answer(self, enrolled: Enrolled, source: Any, now: float, out: list[Transmit]) -> None:
         """Send the answer to an ENROL to where that came from."""
@@ -423,5 +434,5 @@ class JoinPeer(Peer):
         now: float,
         out: list[Transmit],
     ) -> None:
-        if plain[0] == Control.ENROL:
+        if plain[0] == Control.ENROL and self._answers.take(now):
             self.news.append((messages.decode_enrol_untrusted(memoryview(plain)), source))

@@ -91,8 +91,15 @@ class ControlServer:
         self._connections: dict[int, _Connection] = {}
         self._listener = _listen(path)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anybody is connected."""
+        return bool(self._connections)
+
     def readers(self) -> list[int]:
         """Return the descriptors to wait for reading."""
+        if not self._connections:
+            return [self._listener.fileno()]
         fds = [fd for fd, connection in self._connections.items() if connection.stage is _Stage.ASKING]
         if len(self._connections) < MAX_CONNECTIONS:
             fds.append(self._listener.fileno())

@@ -48,6 +48,7 @@ LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does n
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
+_NOTHING: list[int] = []
 
 
 def now() -> float:
@@ -71,10 +72,10 @@ class Loop:
         self._host = the_host
         self._state = state
         self._worker: Worker[Job | Snapshot] = Worker(self._perform)
-        self._readers: dict[int, Callable[[float], None]] = {
-            tun.fileno(): self._tun_ready,
-            self._worker.fileno(): self._worker_ready,
-        }
+        self._readers: dict[int, Callable[[float], None]] = {}
+        self._fds: list[int] = []  # the same descriptors, as select wants them
+        self._watch(tun.fileno(), self._tun_ready)
+        self._watch(self._worker.fileno(), self._worker_ready)
         self._control: ControlServer | None = None
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
@@ -87,7 +88,7 @@ class Loop:
     def run(self) -> None:
         """Turn until the program is told to stop. Raises the error that ended the run."""
         with _signals(self._stop) as wake:
-            self._readers[wake] = self._signalled(wake)
+            self._watch(wake, self._signalled(wake))
             self._control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
             self._drain(now())
             gc.collect()
@@ -104,13 +105,14 @@ class Loop:
 
     def run_once(self) -> None:
         """Wait once, feed whatever is ready to the role, then drain the role."""
+        control = self._control
         due, own_due = self._role.next_deadline(), self._own_deadline()
-        wait = min(due, own_due) - now()
-        readers, writers, control = [*self._readers], [], self._control
+        readers, writers = self._fds, _NOTHING
         if control is not None:
-            readers += control.readers()
-            writers = control.writers()
-        ready, writable, _ = select.select(readers, writers, [], min(max(0.0, wait), LONGEST_WAIT))
+            readers = readers + control.readers()
+            writers = control.writers() if control.is_busy else _NOTHING
+        wait = min(due, own_due) - now()
+        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, wait), LONGEST_WAIT))
         moment = now()
         for fd in ready:
             handler = self._readers.get(fd)
@@ -137,10 +139,9 @@ class Loop:
             self._send()
 
     def _own_deadline(self) -> float:
-        deadline = self._wall_at
-        if self._control is not None:
-            deadline = min(deadline, self._control.next_deadline())
-        return deadline
+        if self._control is not None and self._control.is_busy:
+            return min(self._wall_at, self._control.next_deadline())
+        return self._wall_at
 
     def _own_work(self, moment: float) -> None:
         if moment >= self._wall_at:
@@ -150,6 +151,14 @@ class Loop:
             self._control.expire(moment)
 
     # -- descriptors -----------------------------------------------------------------------------------
+
+    def _watch(self, fd: int, handler: Callable[[float], None]) -> None:
+        self._readers[fd] = handler
+        self._fds = [*self._readers]
+
+    def _unwatch(self, fd: int) -> None:
+        del self._readers[fd]
+        self._fds = [*self._readers]
 
     def _tun_ready(self, moment: float) -> None:
         raise NotImplementedError
@@ -290,7 +299,7 @@ class ServerLoop(Loop):
     ) -> None:
         super().__init__(settings, role, tun, the_host, state)
         self._socket = sock
-        self._readers[sock.fileno()] = self._socket_ready
+        self._watch(sock.fileno(), self._socket_ready)
         self._tell_offload()
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
@@ -337,7 +346,7 @@ class ClientLoop(Loop):
         super().__init__(settings, role, tun, the_host, state)
         self._sockets: dict[int, udp.PathSocket] = {}
         self._monitor = netlink.Monitor()
-        self._readers[self._monitor.fileno()] = self._links_ready
+        self._watch(self._monitor.fileno(), self._links_ready)
         self._review_at = now() + LINKS_REVIEW
         self._is_looking = False
         self._has_told_offload = False
@@ -399,7 +408,7 @@ class ClientLoop(Loop):
             self._role.path_failed(event.path, str(error), moment)
             return
         self._sockets[event.path] = sock
-        self._readers[sock.fileno()] = self._path_ready(event.path)
+        self._watch(sock.fileno(), self._path_ready(event.path))
         if not self._has_told_offload:
             self._has_told_offload = True
             self._tell_offload()
@@ -408,7 +417,7 @@ class ClientLoop(Loop):
     def _close(self, number: int) -> None:
         sock = self._sockets.pop(number, None)
         if sock is not None:
-            del self._readers[sock.fileno()]
+            self._unwatch(sock.fileno())
             sock.close()
 
     def close_sockets(self) -> None:

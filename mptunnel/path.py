@@ -43,7 +43,8 @@ IDLE_SLACK: Final = 5.0
 IDLE_BYTES: Final = 16 * 1024
 LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
-UNASKED_INTERVAL: Final = 0.25
+UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
+UNASKED_INTERVAL: Final = 0.25  # never lapses
 CHALLENGE_LIFETIME: Final = 3.0
 CHALLENGE_SPACING: Final = 0.25
 TOKEN_SIZE: Final = 16
@@ -208,7 +209,7 @@ class ClientPath(Path):
     __slots__ = (
         "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
         "heard_at", "interface", "is_open", "last_probe_at", "min_rtt", "name", "port", "probe_at", "proof_tries",
-        "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
+        "proven_at", "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -223,7 +224,8 @@ class ClientPath(Path):
         self.queue = 0.0
         self.seen_as: tuple[str, int] | None = None
         self.carries = 0  # the largest inner packet that was shown to pass both ways
-        self.proof_tries = 0  # how often a full-size probe has been sent for that
+        self.proof_tries = 0  # how often a full-size probe has been sent for that, unanswered
+        self.proven_at = -_INF  # when that was shown last
         self._restart_counts(now)
 
     def _restart_counts(self, now: float) -> None:
@@ -462,7 +464,7 @@ class ServerPath(Path):
         """There is proof that the client is still at this endpoint."""
         self.refreshed_at = now
         self.idle_room = IDLE_BYTES
-        self.unasked_at = _INF
+        self.unasked_at = _INF if self.interval > 1.0 else now + UNASKED_AFTER
         self._enter(PathState.FRESH, now)
 
     def reported_by_another(self, record: Record, now: float) -> None:
@@ -501,7 +503,7 @@ class ServerPath(Path):
             return min(self.forgotten_at(), self.unasked_at)
         if self.state is PathState.IDLE:
             return self.refreshed_at + self.interval + IDLE_SLACK + _TICK
-        return self.refreshed_at + max(FRESH_FOR, 4 * (self.rtt or 0.0)) + _TICK
+        return min(self.unasked_at, self.refreshed_at + max(FRESH_FOR, 4 * (self.rtt or 0.0)) + _TICK)
 
 
 class Candidate:

@@ -84,12 +84,16 @@ class Role:
 
     def transmits(self) -> list[Transmit]:
         """Take out what is to be sent."""
-        out, self._out = self._out, []
+        out = self._out
+        if out:
+            self._out = []
         return out
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
-        events, self._events = self._events, []
+        events = self._events
+        if events:
+            self._events = []
         return events
 
     def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:

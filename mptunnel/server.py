@@ -18,7 +18,7 @@ from mptunnel.clientpeer import ClientPeer, JoinPeer
 from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import RunScript, SaveState
-from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult
 from mptunnel.packet import MIN_MTU, VNET_SIZE, destination, split
 from mptunnel.register import Register, Reply
 from mptunnel.role import INF, Role
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
+REFUSAL_SPACING: Final = 1.0  # a thief of a token must not fill the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class Server(Role):
         self._unsaved: dict[int, tuple[JoinPeer, Enrolled, Endpoint]] = {}
         self._binding: set[bytes] = set()  # tokens whose binding is being saved
         self._are_peers_unsaved = False  # the last attempt failed
+        self._refusal_told_at = -INF
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
@@ -146,7 +148,8 @@ class Server(Role):
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
-        return self.register.take_saves() + super().events()
+        saves = self.register.take_saves()
+        return saves + super().events() if saves else super().events()
 
     def job_done(self, job: Event, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
@@ -233,10 +236,10 @@ class Server(Role):
         if isinstance(peer, ClientPeer):
             news, peer.news = peer.news, []
             for item in news:
-                if isinstance(item, Hello):
-                    self._route_with_mtu(peer, item.mtu or MIN_MTU)
-                else:
+                if item is None:
                     self.register.confirmed(peer.record.public_key, now)
+                else:
+                    self._route_with_mtu(peer, item or MIN_MTU)
         elif isinstance(peer, JoinPeer):
             asked, peer.news = peer.news, []
             for enrol, source in asked:
@@ -264,8 +267,11 @@ class Server(Role):
         result, psk, save = self.register.enrol(public, enrol, self.key, now)
         enrolled = Enrolled(result, enrol.public_key, psk)
         if save is None:
-            key = key_short(enrol.public_key)
-            log.warning("%s: key %s from %s is refused: %s", joiner.name, key, source, result.name.lower())
+            self.drops["ENROL refused"] += 1
+            if now - self._refusal_told_at >= REFUSAL_SPACING:
+                self._refusal_told_at = now
+                key = key_short(enrol.public_key)
+                log.warning("%s: key %s from %s is refused: %s", joiner.name, key, source, result.name.lower())
             joiner.answer(enrolled, source, now, self._out)
         else:
             self._binding.add(public)

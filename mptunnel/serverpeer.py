@@ -16,7 +16,8 @@ probes were sent, a handshake is started: the server may have restarted. The old
 
 **MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
 the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
-the least of what the paths that are up carry.
+the least of what the paths that are up carry. In use, each path is shown its size again every 2 s; where it does not
+pass any more, the tunnel's MTU falls to 1280 at once.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ DEAF_AFTER: Final = 0.75
 ANSWERED_SPACING: Final = 1.0
 FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
 PROOF_TRIES: Final = 5
+PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
+FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
 MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
 RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
 
@@ -481,8 +484,8 @@ class ServerPeer(Peer):
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
             )
             path.probe_at = min(path.probe_at, now)  # what size does it carry?
-        if path.carries < proven <= size:  # it came back as long as the probe was
-            path.carries = proven
+        if path.carries <= proven <= size and proven:  # it came back as long as the probe was
+            path.carries, path.proven_at, path.proof_tries = proven, now, 0
             self._consider_mtu(now)
 
     def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
@@ -570,8 +573,18 @@ class ServerPeer(Peer):
         Every other probe is small: a size that does not pass must not make the path look dead.
         """
         is_heard = now - path.heard_at <= max(1.0, 4 * (path.rtt or 0.0))
-        if path.state is not PathState.UP or path.carries or path.was_padded or not is_heard:
+        if path.state is not PathState.UP or path.was_padded or not is_heard:
             return 0
+        if path.carries:
+            if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
+                return 0
+            path.proof_tries += 1
+            if path.proof_tries <= FALL_TRIES:
+                return path.carries
+            log.info("path %s does not carry packets of %d bytes any more", path.name, path.carries)
+            path.carries = path.proof_tries = 0
+            if self.tunnel_mtu > MIN_MTU:
+                self._adopt_mtu(MIN_MTU, now)
         sizes = [self.mtu, *(step for step in MTU_STEPS if step < self.mtu)]
         step, path.proof_tries = path.proof_tries // PROOF_TRIES, path.proof_tries + 1
         if step < len(sizes):
@@ -587,6 +600,9 @@ class ServerPeer(Peer):
         mtu = min(known)
         if mtu == self.tunnel_mtu or (mtu > self.tunnel_mtu and now - self._mtu_changed_at < RISE_AFTER):
             return
+        self._adopt_mtu(mtu, now)
+
+    def _adopt_mtu(self, mtu: int, now: float) -> None:
         log.info("tunnel MTU %d", mtu)
         self.tunnel_mtu = mtu
         self._mtu_changed_at = now

@@ -20,6 +20,7 @@ Ours, on a client towards a server that speaks our control messages:
 Ours, on a server:
 
 * UNASKED: when the next unasked ECHO of any silent path is due.
+* ROUTE: when the host is told of a client's tunnel MTU, at most once a second.
 * SETTLE (both roles): when the receipts may count what was sent two seconds ago.
 """
 
@@ -57,6 +58,7 @@ class Timer(enum.Enum):
     ENROL = enum.auto()
     UNASKED = enum.auto()
     SETTLE = enum.auto()
+    ROUTE = enum.auto()
 
 
 class PeerTimers:

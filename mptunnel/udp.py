@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MAX_FD: Final = 1024  # select() takes none above
 BUFFER: Final = 8 << 20
 LARGEST: Final = 65535
+MAX_KNOWN: Final = 4096  # sources remembered
 _IP_MTU_DISCOVER = 10  # linux/in.h
 _IPV6_MTU_DISCOVER = 23  # linux/in6.h
 _PMTUDISC_PROBE = 3
@@ -49,6 +50,7 @@ _GRO_SIZE = struct.Struct("=i")
 _NOT_SO = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})  # this form is not to be had here
 _PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
 _PKTINFO6 = struct.Struct("=16sI")  # destination, interface
+_PKTINFO = frozenset({(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO), (socket.IPPROTO_IP, _IP_PKTINFO)})
 _DROPS = struct.Struct("=I")
 _ANCILLARY = 256
 
@@ -169,6 +171,7 @@ class ServerSocket(Receiver):
         except OSError as error:
             raise _port_refusal(port, error) from None
         super().__init__(sock, offload=offload)
+        self._known: dict[tuple[tuple[Any, ...], bytes], Endpoint] = {}
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
 
     def receive(self) -> tuple[memoryview, int, Endpoint]:
@@ -176,16 +179,23 @@ class ServerSocket(Receiver):
         length, ancillary, _, address = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
         local, size = b"", length
         for level, kind, data in ancillary:
-            if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-                local = _local6(data)
-            elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
-                local = _PKTINFO4.unpack_from(data)[1]
+            if (level, kind) in _PKTINFO:
+                local = data
             elif level == _SOL_UDP and kind == _UDP_GRO:
                 (size,) = _GRO_SIZE.unpack_from(data)
             elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
                 self._note_overruns(data)
+        source = self._known.get((address, local))
+        return self._buffer[:length], size, source or self._meet(address, local)
+
+    def _meet(self, address: tuple[Any, ...], info: bytes) -> Endpoint:
+        """Return the endpoint of an address not seen lately; from now on it is found without making it anew."""
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        local = _local6(info) if self.has_ipv6 else _PKTINFO4.unpack_from(info)[1]
         scope = address[3] if len(address) > 3 else 0
-        return self._buffer[:length], size, Endpoint(address[0], address[1], scope, local)
+        endpoint = self._known[address, info] = Endpoint(address[0], address[1], scope, local)
+        return endpoint
 
     def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""

@@ -415,7 +415,7 @@ class Simnet:
         if not self.is_client_awake:
             return False
         party = self.client_side
-        events, transmits = party.events(), party.transmits()
+        events, transmits = list(party.events()), list(party.transmits())
         self._take_events(events, "client")
         for transmit in transmits:
             self._send("up", transmit.to, transmit)
@@ -425,7 +425,7 @@ class Simnet:
         if not self.is_server_alive:
             return False
         party = self.server_side
-        events, transmits = party.events(), party.transmits()
+        events, transmits = list(party.events()), list(party.transmits())
         self._take_events(events, "server")
         for transmit in transmits:
             number = next((n for n in range(len(self.wires)) if self.source(n) == transmit.to), None)

@@ -285,6 +285,21 @@ def test_one_endpoint_is_one_path() -> None:
     assert net.guest.path_at(net.source(0)) is net.guest.paths[5]
 
 
+def test_a_silent_path_whose_endpoint_is_another_one_now_is_shown_no_life() -> None:
+    net = running(Wire(), Wire())
+    Traffic(net).start(20.0)
+    net.run(1.0)
+    net.wires[0].is_cut = True
+    net.run(4.0)
+    assert net.guest.paths[0].state is PathState.LAPSED
+    deliver(net, probe(net, 5), net.source(0))
+    challenge = Challenge(5, 7, net.guest.paths[5].candidate.token)  # type: ignore[union-attr]
+    deliver(net, sealed(net, challenge.encode(Control.RESPONSE)), net.source(0))
+    assert endpoints(net)[0] is None
+    net.run(2.0)
+    assert endpoints(net)[0] is None
+
+
 # -- freshness -------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +343,15 @@ def test_a_path_that_only_works_downwards_is_kept_by_what_the_other_paths_report
     assert 0 in net.guest.paths
     assert data_down(net, 0, net.now - 20.0) > 0.8 * 500
     net.run(3.0)
+    assert traffic.is_whole()
+
+
+def test_half_of_one_path_and_the_other_half_of_another_make_a_whole_one() -> None:
+    net = running(Wire(), Wire(delay=0.06))
+    traffic = Traffic(net, rate=50)
+    net.after(1.0, lambda: setattr(net.wires[0], "cuts_up", True))
+    net.after(1.2, lambda: setattr(net.wires[1], "cuts_down", True))
+    traffic.run(40.0)
     assert traffic.is_whole()
 
 

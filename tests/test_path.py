@@ -408,7 +408,7 @@ def test_a_path_is_fresh_for_three_seconds_and_then_lapsed() -> None:
     assert path.update(103.01) is PathState.LAPSED
     assert path.unasked_at == 103.01
     path.adopt(made(2), 110.0)
-    assert (path.update(110.0), path.unasked_at) == (PathState.FRESH, INF)
+    assert (path.update(110.0), path.unasked_at) == (PathState.FRESH, 111.0)
 
 
 def test_a_slow_path_is_fresh_for_four_round_trips() -> None:
@@ -451,6 +451,7 @@ def test_a_candidate_that_never_answers_is_forgotten() -> None:
 @pytest.mark.parametrize("interval", [0.25, 25.0])
 def test_the_deadline_of_a_path_is_when_its_state_changes(interval: float) -> None:
     path, now = bound(100.0, interval=interval), 100.0
+    path.unasked_at = INF
     states = []
     while path.next_deadline() < path.forgotten_at():
         before, now = path.state, path.next_deadline()

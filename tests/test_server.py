@@ -25,7 +25,17 @@ from mptunnel.config import (
 )
 from mptunnel.errors import ConfigError
 from mptunnel.events import RunScript, SaveState
-from mptunnel.messages import INITIATION, TRANSPORT, Control, Enrol, Enrolled, EnrolResult, decode_enrolled_untrusted
+from mptunnel.messages import (
+    INITIATION,
+    TRANSPORT,
+    Capability,
+    Control,
+    Enrol,
+    Enrolled,
+    EnrolResult,
+    Hello,
+    decode_enrolled_untrusted,
+)
 from mptunnel.noise import NO_PSK, StaticKey
 from mptunnel.packet import PLAIN
 from mptunnel.server import Offer, Server
@@ -666,3 +676,51 @@ def test_a_clean_stop_says_goodbye_on_every_path_and_leaves_the_last_timestamp()
     net.server._events = events
     net.turn()
     assert len(net.controls("down", Control.CLOSE, None, since)) == 2
+
+
+def test_a_client_that_changes_its_mtu_all_the_time_does_not_keep_the_host_busy() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    assert net.peer.current is not None
+    net.scripts.clear()
+    for number in range(1000):
+        plain = Hello(
+            is_answer=False, version=1, oldest=1, capabilities=Capability.MULTIPATH, instance=net.client._instance,
+            mtu=1280 + number % 100, mode=0, paths=1, serial=number + 9,
+        ).encode()  # fmt: skip
+        net.deliver(net.peer.current.seal(plain), net.source(0))
+        net.turn()
+        net.run(0.003)
+    net.run(3.0)
+    routes = [values["mtu"] for _, verb, values in net.scripts if verb == "peer-up"]
+    assert len(routes) <= 2 * 5
+    assert routes[-1] == 1280 + 999 % 100  # and the last word counts
+
+
+def test_a_route_is_never_smaller_than_ipv6_needs() -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    assert net.peer.current is not None
+    for mtu in (0, 1, 576):
+        plain = Hello(
+            is_answer=False, version=1, oldest=1, capabilities=Capability.MULTIPATH, instance=net.client._instance,
+            mtu=mtu, mode=0, paths=1, serial=9 + mtu,
+        ).encode()  # fmt: skip
+        net.deliver(net.peer.current.seal(plain), net.source(0))
+        net.turn()
+        net.run(2.0)
+    assert min(values["mtu"] for _, verb, values in net.scripts if verb == "peer-up") == 1280
+
+
+def test_a_thief_of_a_token_fills_neither_the_log_nor_the_wire(caplog: pytest.LogCaptureFixture) -> None:
+    net, _, holder = joining()
+    ask(net, holder, KEY)
+    assert holder.current is not None
+    since = net.now
+    for number in range(1000):
+        net.deliver(holder.current.seal(Enrol(private(number), b"x").encode()), net.source(0))
+        net.turn()
+    net.run(0.1)
+    assert len([r for r in caplog.records if "is refused" in r.getMessage()]) == 1
+    assert len(net.sent(TRANSPORT, "down", None, since)) <= 256
+    assert net.server.drops["ENROL refused"] <= 256

@@ -620,6 +620,28 @@ def test_a_size_that_the_kernel_refuses_is_given_up_at_once() -> None:
     assert net.peer.tunnel_mtu == 1340
 
 
+def test_a_size_that_passes_no_more_is_given_up_within_seconds_and_found_anew_after_60() -> None:
+    net = Simnet(Wire(), Wire())
+    traffic = Traffic(net, rate=5)
+    traffic.start(90.0)
+    net.run(5.0)
+    assert net.peer.tunnel_mtu == 1420
+    net.tap = lambda _, __, datagram: None if len(datagram) > 1380 else datagram
+    net.run(7.0)
+    assert net.peer.tunnel_mtu == 1280
+    assert {path.state for path in net.client.paths.values()} == {PathState.UP}
+    net.run(70.0)
+    assert net.peer.tunnel_mtu == 1340
+    assert traffic.is_whole()
+
+
+def test_loss_alone_does_not_lower_the_mtu() -> None:
+    net = Simnet(Wire(loss_up=0.2, loss_down=0.2), Wire(loss_up=0.2, loss_down=0.2))
+    Traffic(net, rate=5).run(120.0)
+    assert net.peer.tunnel_mtu == 1420
+    assert sum(s[1] == "mtu" for s in net.scripts) <= 1
+
+
 def test_no_datagram_is_padded_beyond_the_tunnel_mtu() -> None:
     net = Simnet(Wire(largest=1332))
     Traffic(net, rate=5).run(20.0)
