@@ -434,5 +434,6 @@ class JoinPeer(Peer):
         now: float,
         out: list[Transmit],
     ) -> None:
-        if plain[0] == Control.ENROL and self._answers.take(now):
+        is_current = session is self.current  # the answer goes under it, and must not reach another holder of the token
+        if plain[0] == Control.ENROL and is_current and self._answers.take(now):
             self.news.append((messages.decode_enrol_untrusted(memoryview(plain)), source))

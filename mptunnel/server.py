@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mptunnel.events import Endpoint, Event
     from mptunnel.packet import Buffer
     from mptunnel.peer import Peer
+    from mptunnel.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Server(Role):
         self._joiners: dict[bytes, JoinPeer] = {}
         self._heap: list[tuple[float, int, Peer]] = []
         self._order = count()
-        self._unsaved: dict[int, tuple[JoinPeer, Enrolled, Endpoint]] = {}
+        self._unsaved: dict[int, tuple[JoinPeer, Session | None, Enrolled, Endpoint]] = {}
         self._binding: set[bytes] = set()  # tokens whose binding is being saved
         self._are_peers_unsaved = False  # the last attempt failed
         self._refusal_told_at = -INF
@@ -129,13 +130,16 @@ class Server(Role):
         return self._heap[0][0] if self._heap else INF
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due."""
+        """Do what is due; what becomes due by that is done in the next turn, so that a turn always ends."""
+        due: list[Peer] = []
         while self._heap and self._heap[0][0] <= now:
             at, _, peer = heappop(self._heap)
             if at == peer.scheduled_at:
                 peer.scheduled_at = INF
-                peer.handle_timeout(now, self._out)
-                self._after(peer, now)
+                due.append(peer)
+        for peer in due:
+            peer.handle_timeout(now, self._out)
+            self._after(peer, now)
 
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
         """The kernel refused datagrams: that is the affair of the path they were for."""
@@ -163,12 +167,13 @@ class Server(Role):
         if job.name == "server/peers":
             self._are_peers_unsaved = failed
         if id(job) in self._unsaved:  # the tokens, which are saved right after the peers
-            joiner, enrolled, source = self._unsaved.pop(id(job))
+            joiner, session, enrolled, source = self._unsaved.pop(id(job))
             self._binding.discard(joiner.remote.public)
             answer = Enrolled(EnrolResult.TRY_AGAIN, enrolled.public_key, noise.NO_PSK)
             if not (failed or self._are_peers_unsaved):
                 answer = enrolled
-            joiner.answer(answer, source, now, self._out)
+            if joiner.current is session:  # else whoever asked asks again, and nobody else may read it
+                joiner.answer(answer, source, now, self._out)
 
     def close(self, now: float) -> None:
         """Say goodbye on every path, and leave the last timestamp on disk."""
@@ -275,7 +280,7 @@ class Server(Role):
             joiner.answer(enrolled, source, now, self._out)
         else:
             self._binding.add(public)
-            self._unsaved[id(save)] = (joiner, enrolled, source)
+            self._unsaved[id(save)] = (joiner, joiner.current, enrolled, source)
 
     def make_first_token(self, now: float) -> str | None:
         """Return a new token if there is neither a client nor an open token; `join-token` keeps it while it is good."""

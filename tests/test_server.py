@@ -347,6 +347,34 @@ def test_the_same_key_gets_the_same_answer_again() -> None:
     assert len(net.server.register.records) == 1
 
 
+def test_of_two_holders_of_a_token_the_second_neither_gets_in_nor_sees_what_the_first_is_given() -> None:
+    net, token, holder = joining()
+    net.held = []
+    ask(net, holder, KEY)
+    thief = BookPeer(token.join_private(), SERVER_PUBLIC, token.join_psk(), endpoint=0, newer_than=2e9, seed=6)
+    net.use_stock_client(thief)
+    thief.initiate(net.now)
+    net.turn()
+    net.run(0.1)
+    assert ask(net, thief, OTHER) == []
+    since = net.now
+    net.release()
+    net.run(0.1)
+    assert holder.current is not None
+    net.deliver(
+        holder.current.seal(Enrol(KEY, b"van-7").encode()), net.source(0)
+    )  # under the session before the thief's
+    net.turn()
+    net.run(0.1)
+    net.release()
+    net.run(0.1)
+    assert net.sent(TRANSPORT, "down", None, since) == []
+    assert thief.foreign == []
+    net.held = None
+    (answer,) = ask(net, thief, OTHER)
+    assert answer.result == EnrolResult.USED
+
+
 def test_a_second_key_is_refused_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     net, _, holder = joining()
     ask(net, holder, KEY)

@@ -353,6 +353,24 @@ def test_a_client_that_slept_for_ten_minutes_is_back_within_a_second_and_uses_no
     assert first - woke > 0.039  # a handshake came before it
 
 
+def test_when_both_hosts_stood_still_for_ten_minutes_no_old_key_is_used() -> None:
+    net = running()
+    old = net.peer.current
+    Traffic(net, rate=20).run(2.0, rest=0.0)
+    net.now += 600.0  # CLOCK_BOOTTIME goes on in suspend
+    woke = net.now
+    assert old is not None
+    traffic = Traffic(net, rate=20)
+    traffic.run(5.0)
+    for side in ("up", "down"):
+        assert traffic.back_at(side, woke) - woke <= 1.0 + 0.04
+    assert not [
+        at
+        for at, datagram in net.sent(TRANSPORT, "up", None, woke)
+        if datagram[4:8] == old.remote_index.to_bytes(4, "little")
+    ]
+
+
 def test_a_counter_is_never_sealed_twice() -> None:
     net = Simnet(Wire(loss_up=0.2, loss_down=0.2), Wire(delay=0.3))
     for turn in range(6):
