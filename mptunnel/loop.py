@@ -24,6 +24,7 @@ from mptunnel.config import (
 from mptunnel.control import ControlServer, Pending
 from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.tun import BATCH
 from mptunnel.worker import Worker
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does n
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
+PAUSE: Final = 0.0003  # s without a packet from the device
 _NOTHING: list[int] = []
 
 
@@ -80,6 +82,7 @@ class Loop:
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
+        self._read_at = 0.0
         self._is_stopping = False
         self._error: MptunnelError | None = None
 
@@ -174,9 +177,12 @@ class Loop:
                 self._role.drops["refused by the device"] += refused
             self._inbox.clear()
 
-    def _read_tun(self) -> list[memoryview]:
+    def _read_tun(self, moment: float) -> list[memoryview]:
+        """Return frames from the device; the first one after a pause goes on before we look whether there are more."""
+        most = 1 if moment - self._read_at > PAUSE else BATCH
+        self._read_at = moment
         try:
-            return self._tun.read()
+            return self._tun.read(most)
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -306,7 +312,7 @@ class ServerLoop(Loop):
         return [self._socket]
 
     def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun()
+        frames = self._read_tun(moment)
         if frames:
             self._role.send(frames, moment)
             self._send()
@@ -355,7 +361,7 @@ class ClientLoop(Loop):
         return list(self._sockets.values())
 
     def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun()
+        frames = self._read_tun(moment)
         if frames:
             self._role.send(frames, moment, self._inbox)
             self._send()

@@ -270,15 +270,15 @@ class ClientPath(Path):
 
     def sent(self, count: int, size: int) -> None:
         """Count, and ask for a probe after every 32 KiB."""
-        super().sent(count, size)
-        self._count_towards_probe(size)
+        self.tx += count
+        self.tx_bytes += size
+        self._bytes_since_probe += size
+        if self._bytes_since_probe >= PROBE_BYTES:
+            self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)
 
     def received(self, count: int, size: int, longest: int) -> None:
         """Count, and ask for a probe after every 32 KiB."""
         super().received(count, size, longest)
-        self._count_towards_probe(size)
-
-    def _count_towards_probe(self, size: int) -> None:
         self._bytes_since_probe += size
         if self._bytes_since_probe >= PROBE_BYTES:
             self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)

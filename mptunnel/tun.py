@@ -67,8 +67,8 @@ class Tun:
         """Return the descriptor to wait for."""
         return self._fd
 
-    def read(self) -> list[memoryview]:
-        """Return the frames that wait, 64 at most. Raises OSError if the device has gone."""
+    def read(self, most: int = BATCH) -> list[memoryview]:
+        """Return the frames that wait, `most` or 64 at most. Raises OSError if the device has gone."""
         frames: list[memoryview] = []
         fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
@@ -76,7 +76,7 @@ class Tun:
                 length = readv(fd, target) + skipped
                 frames.append(buffer[:length])
                 total += length
-                if total > BATCH_BYTES:
+                if total > BATCH_BYTES or len(frames) >= most:
                     break
         except BlockingIOError:
             pass
