@@ -455,6 +455,8 @@ class Client(Role):
     def _closed(self, close: Close) -> None:
         if close.reason == CloseReason.NOT_ADMITTED:
             log.warning("%s admits us no more: join it again with a new token", self._membership_name())
+            self._membership.record.joined = False  # so that a new one is used
+            self._save_record(self._membership.record)
         else:
             log.warning("%s has stopped; waiting for it to come back", self._membership_name())
 

@@ -62,7 +62,10 @@ def _find_record(
     if token is not None:
         record = by_key.get(token.server_public)
         if record is not None and record.joined:
-            log.info("this client is a member of that server already: the token is not needed and not used")
+            log.info(
+                "this client is a member of that server already: the token is not needed and not used "
+                "(to join it anew, remove client/servers/%s from the state directory)", record.file_name
+            )  # fmt: skip
             return record, None
         return record or ServerRecord(token.server_public, noise.NO_PSK), token
     if settings.server_key is not None:

@@ -337,6 +337,7 @@ class Server(Role):
             peer.close(CloseReason.NOT_ADMITTED, now, self._out)
             peer.forget_keys()
             peer.endpoint = None  # a stock peer that was being called must not be let in by its answer
+            peer.scheduled_at = INF  # its place in the heap is void
             self._forget_answers_of(peer)
         for address in (record.ipv4, record.ipv6):
             self._events.append(RunScript("peer-down", {"peer": address}))

@@ -92,10 +92,23 @@ def test_a_token_that_was_taken_back_or_has_expired_is_refused(make_tunnel: Make
         tunnel.connect("--join", tunnel.token_file(token), "-t", f"mpt{number}", place=place)
         code, said = leaves(tunnel, place)
         assert (code, words in said) == (7, True), said
+        time.sleep(1.0)  # at most one refusal a second is told
     log = tunnel.log("sv")
     assert "is refused: revoked" in log
     assert "is refused: expired" in log
     assert json.loads(tunnel.must("sv", "peer", "list", "--json")) == []
+
+
+def test_who_was_removed_is_told_so_and_joins_again_by_a_new_token(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=40)
+    tunnel.begin()
+    (peer,) = json.loads(tunnel.must("sv", "peer", "list", "--json"))
+    tunnel.must("sv", "peer", "remove", peer["name"])
+    tunnel.wait_log("cl", "warning: 198.51.100.1:5000 admits us no more")
+    tunnel.stop("cl")
+    tunnel.connect("--join", tunnel.token_file(tunnel.token()))
+    tunnel.wait_up()
+    assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
 
 def test_a_bare_server_leaves_a_token_in_a_file_until_it_is_spent(make_tunnel: Maker) -> None:

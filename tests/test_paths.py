@@ -9,7 +9,7 @@ import pytest
 
 from mptunnel.lab import SERVER6, TARGET, TARGET6
 from mptunnel.traffic import Datagrams, Download, content_sha256, serve_web
-from tests.running import Maker, Tunnel, note, note_flows, wait_until
+from tests.running import Maker, Tunnel, note, note_flows, until, wait_until
 
 if TYPE_CHECKING:
     from mptunnel.traffic import Flow
@@ -37,6 +37,13 @@ def check_all_arrived(what: str, flows: tuple[Flow, Flow]) -> None:
         assert (flow.lost, flow.duplicated) == (0, 0)
 
 
+def wait_mtu(tunnel: Tunnel, mtu: int) -> None:
+    """Wait until this is the MTU of the tunnel, of the client's device, and of the server's routes to the client."""
+    wait_until(lambda: tunnel.status()["tunnel"]["mtu"] == mtu, f"the tunnel's MTU is {mtu}")
+    wait_until(lambda: f"mtu {mtu} " in tunnel.lab.run("cl", ["ip", "link", "show", "mpt0"]), "and the device's")
+    wait_until(lambda: f"mtu {mtu}" in tunnel.lab.run("sv", ["ip", "route"]), "and the server's, for this client")
+
+
 def test_any_error_on_one_path_is_the_affair_of_that_path(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=81)
     tunnel.begin()
@@ -56,6 +63,7 @@ def test_any_error_on_one_path_is_the_affair_of_that_path(make_tunnel: Maker) ->
 def test_a_path_that_swallows_large_packets_loses_nothing_for_the_other(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=82)
     tunnel.begin()
+    wait_mtu(tunnel, 1420)
     tunnel.lab.wire("p1").set(mtu=1300)
     check_all_arrived("path 1 swallows large packets", Datagrams(tunnel.lab, 1.5, rate=300, size=1372).finish())
     assert tunnel.lab.wire("p1").counts().up.too_long > 100
@@ -68,13 +76,37 @@ def test_the_tunnel_takes_the_size_that_every_path_carries(make_tunnel: Maker) -
         tunnel.lab.wire(name).set(mtu=mtu)
     serve_web(tunnel.lab)
     tunnel.begin()
-    wait_until(lambda: tunnel.status()["tunnel"]["mtu"] == 1360, "the tunnel's MTU is 1360")
-    wait_until(lambda: "mtu 1360" in tunnel.lab.run("cl", ["ip", "link", "show", "mpt0"]), "and the device's")
-    wait_until(lambda: "mtu 1360" in tunnel.lab.run("sv", ["ip", "route"]), "and the server's, for this client")
+    wait_mtu(tunnel, 1360)
     tunnel.lab.wire("p1").cut()
     done = Download(tunnel.lab, 2_000_000).finish()
     assert done.sha256 == content_sha256(2_000_000), done.error
     assert tunnel.lab.wire("p2").counts().down.too_long < 20, "but for the probes of the beginning"
+
+
+def test_a_size_that_passes_no_more_is_given_up_before_a_transfer_is(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=89)
+    serve_web(tunnel.lab)
+    tunnel.begin()
+    wait_mtu(tunnel, 1420)
+    transfer = Download(tunnel.lab, 2_000_000, rate=1_000_000)
+    wait_until(lambda: transfer.poll().received > 500_000, "the transfer is under way")
+    for name in ("p1", "p2"):
+        tunnel.lab.wire(name).set(mtu=1400)
+    done = transfer.finish()
+    assert done.sha256 == content_sha256(2_000_000), done.error
+    note(f"MTU of both paths down to 1400: the transfer stood still for {done.longest_stall():.1f} s")
+    wait_mtu(tunnel, 1280)
+
+
+def test_half_of_one_path_and_the_other_half_of_another_make_a_whole_one(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=90)
+    tunnel.begin()
+    datagrams = Datagrams(tunnel.lab, 5.5, rate=300)
+    until(datagrams.begun + 0.5)
+    tunnel.lab.wire("p1").up.cut()
+    time.sleep(0.3)
+    tunnel.lab.wire("p2").down.cut()
+    check_all_arrived("up by path 2, down by path 1", datagrams.finish())
 
 
 def test_ipv6_outside_carries_both_families_inside(make_tunnel: Maker) -> None:

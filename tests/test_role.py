@@ -318,6 +318,22 @@ def test_responses_and_cookies_that_nobody_waits_for_are_dropped(message: bytes)
     assert snapshot(net.client, OUTSIDE) == before
 
 
+def test_the_index_of_a_handshake_is_good_for_a_response_only_and_that_of_a_session_for_data_only() -> None:
+    net = Simnet(Wire(), server_starts=False)
+    assert net.peer.initiation is not None
+    before = snapshot(net.client, OUTSIDE)
+    data = b"\x04\x00\x00\x00" + net.peer.initiation.index.to_bytes(4, "little") + bytes(40)
+    net.client.receive(memoryview(data), len(data), 0, net.now, [])
+    assert snapshot(net.client, OUTSIDE) == before
+    assert net.client.drops["unknown index"] == 1
+    net = busy()
+    _, response = net.sent(RESPONSE, "down")[0]  # a late copy: its index is that of the session by now
+    before = snapshot(net.client, OUTSIDE)
+    net.client.receive(memoryview(response), len(response), 1, net.now, [])
+    net.client.finish_turn(net.now)
+    assert snapshot(net.client, OUTSIDE) == before
+
+
 # -- timestamps ------------------------------------------------------------------------------------------------------
 
 
