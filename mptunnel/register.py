@@ -88,9 +88,7 @@ class Register:
 
     def take_saves(self) -> list[Event]:
         """Take out what must be saved."""
-        saves = self._saves
-        if saves:
-            self._saves = []
+        saves, self._saves = self._saves, []
         return saves
 
     def key_at(self, address: bytes) -> bytes | None:

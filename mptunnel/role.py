@@ -85,15 +85,17 @@ class Role:
     def transmits(self) -> list[Transmit]:
         """Take out what is to be sent."""
         out = self._out
-        if out:
-            self._out = []
+        if not out:
+            return []
+        self._out = []
         return out
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
         events = self._events
-        if events:
-            self._events = []
+        if not events:
+            return []
+        self._events = []
         return events
 
     def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:

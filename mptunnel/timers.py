@@ -14,14 +14,14 @@ Ours, on a client towards a server that speaks our control messages:
 
 * REPEAT: 250 ms after an initiation while packets wait; the same bytes again on every path.
 * HELLO: 500 ms after a HELLO until it is answered.
-* PROBE: when the next probe of any path is due.
 * ENROL: 500 ms after an ENROL until it is answered.
 
 Ours, on a server:
 
-* UNASKED: when the next unasked ECHO of any silent path is due.
 * ROUTE: when the host is told of a client's tunnel MTU, at most once a second.
 * SETTLE (both roles): when the receipts may count what was sent two seconds ago.
+
+When a path's next probe or unasked ECHO is due the path itself knows.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ class Timer(enum.Enum):
     PERSISTENT = enum.auto()
     REPEAT = enum.auto()
     HELLO = enum.auto()
-    PROBE = enum.auto()
     ENROL = enum.auto()
-    UNASKED = enum.auto()
     SETTLE = enum.auto()
     ROUTE = enum.auto()
 
@@ -158,7 +156,7 @@ class PeerTimers:
 
     def keys_zeroed(self) -> None:
         """There is nobody to talk to any more."""
-        for timer in (Timer.KEEPALIVE, Timer.NEW_HANDSHAKE, Timer.PERSISTENT, Timer.PROBE, Timer.HELLO):
+        for timer in (Timer.KEEPALIVE, Timer.NEW_HANDSHAKE, Timer.PERSISTENT, Timer.HELLO):
             self._at.pop(timer, None)
 
     def _traversed(self, now: float) -> None:

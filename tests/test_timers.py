@@ -148,7 +148,6 @@ def test_without_keys_nothing_is_sent_or_awaited() -> None:
     peer.anything_sent(100.0)
     peer.data_sent(100.0)
     peer.data_received(100.0)
-    peer.at(Timer.PROBE, 101.0)
     peer.at(Timer.HELLO, 101.0)
     peer.keys_zeroed()
     assert peer.next_deadline() == INF
@@ -157,10 +156,10 @@ def test_without_keys_nothing_is_sent_or_awaited() -> None:
 def test_what_is_due_comes_in_its_order_and_only_once() -> None:
     peer = timers()
     peer.at(Timer.HELLO, 3.0)
-    peer.at(Timer.PROBE, 1.0)
+    peer.at(Timer.REPEAT, 1.0)
     peer.at(Timer.ENROL, 2.0)
     peer.at(Timer.SETTLE, 4.0)
-    assert peer.expired(3.0) == [Timer.PROBE, Timer.ENROL, Timer.HELLO]
+    assert peer.expired(3.0) == [Timer.REPEAT, Timer.ENROL, Timer.HELLO]
     assert peer.expired(3.0) == []
     assert peer.next_deadline() == 4.0
 
