@@ -1,0 +1,133 @@
+"""UDP sockets on loopback: runs in one call, singly where that is refused, answers from the address that was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+
+import pytest
+
+from mptunnel.errors import ConfigError
+from mptunnel.events import Endpoint, OpenPath
+from mptunnel.udp import PathError, PathSocket, ServerSocket, resolve
+
+
+@pytest.fixture
+def server() -> Iterator[ServerSocket]:
+    sock = None
+    for port in range(47000, 47200):
+        with contextlib.suppress(ConfigError):
+            sock = ServerSocket(port)
+            break
+    assert sock is not None, "no port is free"
+    yield sock
+    sock.close()
+
+
+Opener = Callable[..., PathSocket]
+
+
+@pytest.fixture
+def path(server: ServerSocket) -> Iterator[Opener]:
+    """Open paths to the server; they are closed after the test."""
+    opened: list[PathSocket] = []
+
+    def opener(*, offload: bool = True) -> PathSocket:
+        loopback = ip_address("127.0.0.1")
+        opened.append(PathSocket(OpenPath(0, "lo", loopback, (loopback, port_of(server)), 0), offload=offload))
+        return opened[-1]
+
+    yield opener
+    for sock in opened:
+        sock.close()
+
+
+def port_of(server: ServerSocket) -> int:
+    return int(server._socket.getsockname()[1])
+
+
+def take(server: ServerSocket) -> tuple[bytes, int, Endpoint]:
+    assert select.select([server], [], [], 10.0)[0]
+    data, size, source = server.receive()
+    return bytes(data), size, source
+
+
+def take_all(server: ServerSocket, length: int) -> list[bytes]:
+    found: list[bytes] = []
+    while sum(map(len, found)) < length:
+        data, size, _ = take(server)
+        found += [data[at : at + size] for at in range(0, len(data), size)]
+    return found
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_a_run_arrives_as_the_datagrams_it_was_made_of(server: ServerSocket, path: Opener, offload: bool) -> None:
+    client = path(offload=offload)
+    run = b"".join(bytes([n]) * 100 for n in range(20)) + b"end"
+    assert client.send(run, 100) == (0, "")
+    assert take_all(server, len(run)) == [run[at : at + 100] for at in range(0, len(run), 100)]
+
+
+def test_a_kernel_that_refuses_runs_gets_single_datagrams(
+    server: ServerSocket, path: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = path()
+
+    class Old:
+        """A socket that knows no ancillary data."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.send, self.close = real.send, real.close
+
+        def sendmsg(self, *_: object) -> int:
+            raise OSError(errno.EINVAL, "no such option")
+
+    monkeypatch.setattr(client, "_socket", Old(client._socket))
+    assert client.send(b"a" * 50 + b"b" * 50, 50) == (0, "")
+    assert not client.sends_runs
+    assert take_all(server, 100) == [b"a" * 50, b"b" * 50]
+
+
+@pytest.mark.parametrize("asked", ["127.0.0.1", "127.0.0.9"])
+def test_the_server_answers_from_the_address_it_was_asked_on(server: ServerSocket, asked: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(10.0)
+        client.sendto(b"question", (asked, port_of(server)))
+        _, _, source = take(server)
+        assert server.send(source, b"answer", 6) == (0, "")
+        assert client.recvfrom(100) == (b"answer", (asked, port_of(server)))
+
+
+def test_one_source_is_one_endpoint(server: ServerSocket, path: Opener) -> None:
+    client = path()
+    client.send(b"1", 1)
+    client.send(b"2", 1)
+    assert take(server)[2] is take(server)[2]
+
+
+def test_a_port_in_use_is_the_users_affair(server: ServerSocket) -> None:
+    with pytest.raises(ConfigError, match=r"in use"):
+        ServerSocket(port_of(server))
+
+
+def test_an_interface_that_is_not_there_is_told_with_its_name(server: ServerSocket) -> None:
+    wish = OpenPath(0, "nowhere0", ip_address("127.0.0.1"), (ip_address("127.0.0.1"), port_of(server)), 0)
+    with pytest.raises(PathError, match="nowhere0"):
+        PathSocket(wish)
+
+
+def test_a_stopped_server_costs_the_path_no_datagram_but_those_it_refuses(server: ServerSocket, path: Opener) -> None:
+    client = path()
+    server.close()
+    for _ in range(8):  # each ICMP message about an earlier one fails the next call unsent: it is repeated
+        refused, why = client.send(b"x", 1)
+        assert (refused, why) in {(0, ""), (1, "ECONNREFUSED")}
+
+
+def test_addresses_resolve_to_themselves() -> None:
+    assert resolve("127.0.0.1", 1) == (ip_address("127.0.0.1"),)
+    assert resolve("::1", 1) == (ip_address("::1"),)
