@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
 MIN_MTU: Final = 1280  # what IPv6 asks of every link (RFC 8200, 5)
-MAX_PACKET: Final = 65535
 
 _ICMPV6 = 58
 _UNREACHABLE = 1

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
 from mptunnel.events import Endpoint
+from mptunnel.messages import parse_address
 
 if TYPE_CHECKING:
     from mptunnel.events import OpenPath
@@ -228,7 +229,7 @@ _PENDING: Final = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETU
 def resolve(host: str, port: int) -> tuple[IPAddress, ...]:
     """Return the addresses of a name, in the resolver's order; may take long. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    addresses = [_parse(str(address[0])) for family, _, _, _, address in found if family in _FAMILIES]
+    addresses = [parse_address(str(address[0])) for family, _, _, _, address in found if family in _FAMILIES]
     return tuple(dict.fromkeys(addresses))
 
 
@@ -320,10 +321,6 @@ def _local6(data: bytes) -> bytes:
     """Return the control message that answers from where a datagram came to; the interface only where it matters."""
     address, index = _PKTINFO6.unpack_from(data)
     return _PKTINFO6.pack(address, index if IPv6Address(address).is_link_local else 0)
-
-
-def _parse(text: str) -> IPAddress:
-    return IPv6Address(text.partition("%")[0]) if ":" in text else IPv4Address(text)
 
 
 def _why_not(wish: OpenPath, error: OSError) -> str:
