@@ -49,7 +49,7 @@ LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does n
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
-PAUSE: Final = 0.0003  # s without a packet from the device
+PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 _NOTHING: list[int] = []
 
 
@@ -82,7 +82,7 @@ class Loop:
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
-        self._read_at = 0.0
+        self._has_waited = True
         self._is_stopping = False
         self._error: MptunnelError | None = None
 
@@ -114,9 +114,11 @@ class Loop:
         if control is not None:
             readers = readers + control.readers()
             writers = control.writers() if control.is_busy else _NOTHING
-        wait = min(due, own_due) - now()
-        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, wait), LONGEST_WAIT))
+        before = now()
+        wait = min(max(0.0, min(due, own_due) - before), LONGEST_WAIT)
+        ready, writable, _ = select.select(readers, writers, _NOTHING, wait)
         moment = now()
+        self._has_waited = moment - before > PAUSE
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is not None:
@@ -177,12 +179,10 @@ class Loop:
                 self._role.drops["refused by the device"] += refused
             self._inbox.clear()
 
-    def _read_tun(self, moment: float) -> list[memoryview]:
+    def _read_tun(self) -> list[memoryview]:
         """Return frames from the device; the first one after a pause goes on before we look whether there are more."""
-        most = 1 if moment - self._read_at > PAUSE else BATCH
-        self._read_at = moment
         try:
-            return self._tun.read(most)
+            return self._tun.read(1 if self._has_waited else BATCH)
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -312,7 +312,7 @@ class ServerLoop(Loop):
         return [self._socket]
 
     def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun(moment)
+        frames = self._read_tun()
         if frames:
             self._role.send(frames, moment)
             self._send()
@@ -361,7 +361,7 @@ class ClientLoop(Loop):
         return list(self._sockets.values())
 
     def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun(moment)
+        frames = self._read_tun()
         if frames:
             self._role.send(frames, moment, self._inbox)
             self._send()

@@ -19,12 +19,13 @@ from __future__ import annotations
 import struct
 from functools import lru_cache
 from ipaddress import IPv6Address
+from operator import add, eq, itemgetter
 from typing import TYPE_CHECKING, Final
 
 from mptunnel.errors import BadPacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
@@ -37,6 +38,7 @@ _PSEUDO = struct.Struct(">16s16sII")
 VNET: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset (native order)
 VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
+_ALIKE = {4: struct.Struct(">BxH8x4s"), 6: struct.Struct(">B3xH2x16s")}
 _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
@@ -84,6 +86,15 @@ def trim(plain: Buffer) -> Buffer:
 def source(packet: Buffer) -> bytes:
     """Return the packed source address of a packet that `trim` let through."""
     return bytes(packet[12:16] if packet[0] >> 4 == 4 else packet[8:24])
+
+
+def source_and_length(packet: Buffer) -> Callable[[Buffer], tuple[object, ...]] | None:
+    """Return what reads version, header length, length and source of packets like this one, at least 40 bytes long.
+
+    Packets of one length that agree in these pass or fail `trim` together, and have one source. None if it is no IP.
+    """
+    layout = _ALIKE.get(packet[0] >> 4)
+    return None if layout is None else layout.unpack_from
 
 
 def destination(packet: Buffer) -> bytes:
@@ -148,12 +159,8 @@ def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int)
         return [_tcp_segment(head, packet[body:], start, 0, size, flags)]
     pieces: list[Buffer] = [_tcp_segment(head, packet[body : body + size], start, 0, size, flags & ~_ENDS)]
     if count > 2:
-        middle = _middle(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size)
-        join = b"".join
-        pieces += [
-            join((middle(number), packet[at : at + size]))
-            for number, at in enumerate(range(body + size, last, size), 1)
-        ]
+        middle = _headers(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size, range(1, count - 1))
+        pieces += _join(middle, body, packet, body + size, size)
     pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
     return pieces
 
@@ -161,10 +168,7 @@ def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int)
 def _tcp_segment(head: bytearray, payload: memoryview, start: int, number: int, size: int, flags: int) -> bytes:
     """Return segment `number` of a super-packet with this header, whole."""
     own = _tcp_head(head, start, len(payload), flags)
-    sequence = _U32.unpack_from(head, start + 4)[0] + number * size
-    _U32.pack_into(own, start + 4, sequence & 0xFFFFFFFF)
-    _renumber(own, number)
-    return b"".join((own, payload))
+    return _header(own, start, TCP, size, number) + payload
 
 
 def _tcp_head(head: bytearray, start: int, size: int, flags: int) -> bytearray:
@@ -179,14 +183,18 @@ def _tcp_head(head: bytearray, start: int, size: int, flags: int) -> bytearray:
 def _split_udp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
     head = bytearray(packet[:body])
     last = body + (count - 1) * size
-    middle, join = _middle(_udp_head(head, start, size), start, UDP, size), b"".join
-    pieces: list[Buffer] = [
-        join((middle(number), packet[at : at + size])) for number, at in enumerate(range(body, last, size))
-    ]
+    middle = _headers(_udp_head(head, start, size), start, UDP, size, range(count - 1))
+    pieces: list[Buffer] = [*_join(middle, body, packet, body, size)]
     own = _udp_head(head, start, len(packet) - last)
     _renumber(own, count - 1)
-    pieces.append(join((own, packet[last:])))
+    pieces.append(b"".join((own, packet[last:])))
     return pieces
+
+
+def _join(headers: bytes, length: int, packet: memoryview, at: int, size: int) -> Iterable[bytes]:
+    """Return packets of these headers, `length` bytes each, and of the payloads of `size` bytes from `at` on."""
+    count = len(headers) // length
+    return map(add, _array(length, count).unpack(headers), _array(size, count).unpack_from(packet, at))
 
 
 def _udp_head(head: bytearray, start: int, size: int) -> bytearray:
@@ -218,49 +226,44 @@ def _renumber(head: bytearray, number: int) -> None:
         _U16.pack_into(head, 10, checksum(head[: (head[0] & 15) * 4]))
 
 
-def _middle(head: bytearray, start: int, protocol: int, size: int) -> Callable[[int], bytes]:
-    """Return what makes the header of segment `number`, given that of segment 0; one call of pack each."""
-    is_tcp = protocol == TCP
-    (sequence,) = _U32.unpack_from(head, start + 4) if is_tcp else (0,)
-    rest = bytes(head[start + 8 :])
-    if head[0] >> 4 == 6:
-        before = bytes(head[: start + 4])
-        if not is_tcp:
-            whole = bytes(head)
-            return lambda _: whole
-        return lambda number: before + _U32.pack((sequence + number * size) & 0xFFFFFFFF) + rest
-    (ident,) = _U16.unpack_from(head, 4)
-    length, fixed, ports = bytes(head[:4]), bytes(head[6:10]), bytes(head[12 : start + 4])
-    bare = bytearray(head[: (head[0] & 15) * 4])
-    bare[4:6] = bare[10:12] = b"\0\0"
-    base = int.from_bytes(bare, "big") % 0xFFFF
-    if not is_tcp:
-        rest = bytes(head[start + 4 :])
-        pack = _udp4(len(ports), len(rest))
+def _headers(head: bytearray, start: int, protocol: int, size: int, numbers: range) -> bytes:
+    """Return the headers of the segments of these consecutive numbers, one behind the other, given that of segment 0.
 
-        def make_udp(number: int) -> bytes:
-            own = (ident + number) & 0xFFFF
-            return pack(length, own, fixed, 0xFFFF - ((base + own) % 0xFFFF or 0xFFFF), ports, rest)
-
-        return make_udp
-    pack = _tcp4(len(ports), len(rest))
-
-    def make_tcp(number: int) -> bytes:
-        own = (ident + number) & 0xFFFF
-        check = 0xFFFF - ((base + own) % 0xFFFF or 0xFFFF)
-        return pack(length, own, fixed, check, ports, (sequence + number * size) & 0xFFFFFFFF, rest)
-
-    return make_tcp
+    Taken as one long number, they are the header repeated plus a number that depends on the layout only: a field that
+    counts on does so by the same amount from each header to the next, as long as it does not wrap.
+    """
+    first, count = _header(head, start, protocol, size, numbers.start), len(numbers)
+    is_ipv4, is_tcp = head[0] >> 4 == 4, protocol == TCP
+    ident, check = (_U16.unpack_from(first, 4)[0], _U16.unpack_from(first, 10)[0]) if is_ipv4 else (0, 0xFFFF)
+    sequence = _U32.unpack_from(first, start + 4)[0] if is_tcp else 0
+    if ident + count > 0xFFFF or check <= count or sequence + count * size > 0xFFFFFFFF:
+        return b"".join(_header(head, start, protocol, size, number) for number in numbers)
+    growth = _growth(len(head), count, start if is_tcp else 0, size if is_tcp else 0, is_ipv4=is_ipv4)
+    return (int.from_bytes(first * count, "big") + growth).to_bytes(len(head) * count, "big")
 
 
-@lru_cache(maxsize=64)
-def _tcp4(ports: int, rest: int) -> Callable[..., bytes]:
-    return struct.Struct(f">4sH4sH{ports}sI{rest}s").pack
+@lru_cache(maxsize=1024)
+def _growth(length: int, count: int, start: int, step: int, *, is_ipv4: bool) -> int:
+    """Return what `count` headers of `length` bytes, as one number, have more than the first one repeated."""
+    each = step << (length - start - 8) * 8  # the sequence number ends 8 bytes behind `start`
+    if is_ipv4:
+        each += (1 << (length - 6) * 8) - (1 << (length - 12) * 8)  # the identification up, the checksum down
+    return sum(number * each << (count - 1 - number) * length * 8 for number in range(count))
 
 
-@lru_cache(maxsize=64)
-def _udp4(ports: int, rest: int) -> Callable[..., bytes]:
-    return struct.Struct(f">4sH4sH{ports}s{rest}s").pack
+def _header(head: bytearray, start: int, protocol: int, size: int, number: int) -> bytes:
+    """Return the header of one segment, given that of segment 0."""
+    own = bytearray(head)
+    if protocol == TCP:
+        sequence = _U32.unpack_from(head, start + 4)[0] + number * size
+        _U32.pack_into(own, start + 4, sequence & 0xFFFFFFFF)
+    _renumber(own, number)
+    return bytes(own)
+
+
+@lru_cache(maxsize=1024)
+def _array(size: int, count: int) -> struct.Struct:
+    return struct.Struct(f"{size}s" * count)
 
 
 def complete(packet: Buffer) -> Buffer:
@@ -358,19 +361,33 @@ def _run(packets: Sequence[Buffer], at: int, end: int, protocol: int, start: int
     limit = min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)
     check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     is_full = first[check] << 8 | first[check + 1] != _pseudo_sum(first, protocol, length - start)
-    middle = _middle(head, start, protocol, size)
+    flow = slice(12 if first[0] >> 4 == 4 else 8, start + 4)  # addresses and ports
+    if packets[at + 1][flow] != first[flow]:
+        return 1
+    if not is_full:
+        headers = _headers(head, start, protocol, size, range(1, limit))
+        number += _alike(packets[at + 1 : at + limit], length, body, headers)
     while number < limit:
-        packet = packets[at + number]
-        if len(packet) == length and not is_full and packet[:body] == middle(number):
-            number += 1
-            continue
-        ends = _is_next(packet, bytearray(middle(number)), body, start, protocol, is_full=is_full, length=length)
+        expected = bytearray(_header(head, start, protocol, size, number))
+        ends = _is_next(packets[at + number], expected, body, start, protocol, is_full=is_full, length=length)
         if ends is None:
             break
         number += 1
         if ends:
             break
     return number
+
+
+def _alike(packets: Sequence[Buffer], length: int, body: int, headers: bytes) -> int:
+    """Return how many of the first packets are of this length and begin with these headers, each with its own."""
+    fits = [*map(length.__eq__, map(len, packets))]
+    if False in fits:
+        packets = packets[: fits.index(False)]
+    heads = [*map(itemgetter(slice(body)), packets)]
+    if b"".join(heads) == headers[: body * len(heads)]:
+        return len(heads)
+    same = map(eq, heads, _array(body, len(headers) // body).unpack(headers))
+    return [*same].index(False)
 
 
 def _is_next(
@@ -424,7 +441,7 @@ def _super(packets: Sequence[Buffer], protocol: int, start: int) -> Frame:
     is_tcp = protocol == TCP
     body = start + ((first[start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
     head = bytearray(first[:body])
-    payloads = [packet[body:] for packet in packets]
+    payloads = map(itemgetter(slice(body, None)), packets)
     length = body + (len(first) - body) * (len(packets) - 1) + len(last) - body
     if is_tcp:
         head[start + 13] = last[start + 13]

@@ -27,14 +27,14 @@ from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
-from mptunnel.packet import IPV4_HEADER, complete, trim
+from mptunnel.packet import IPV6_HEADER, complete, source_and_length, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mptunnel.packet import Buffer
     from mptunnel.path import Path
@@ -43,10 +43,13 @@ log = logging.getLogger(__name__)
 
 MAX_STAGED: Final = 128
 MAX_COOKIES: Final = 16
+_LOOK_AHEAD: Final = 4 * 64  # packets of one size that are cut into runs together
 MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
 MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
+
+LOWEST_PACKET: Final = 0x10  # a lower first byte is a control message's
 
 Owner = tuple["Peer", Session | None]
 
@@ -154,50 +157,51 @@ class Peer:
             self._stage(packets)
             self._want_handshake(now, out)
             return
-        at = 0
-        while at < len(packets):
-            at += self._send_run(session, packets, at, now, out)
+        if len(packets) == 1:
+            self._send_run(session, packets, sealed_size(len(packets[0]), self.tunnel_mtu or self.mtu), now, out)
+        else:
+            for run, size in self._runs(packets):
+                self._send_run(session, run, size, now, out)
         self.timers.data_sent(now)
         if session.wants_successor(now):
             self._want_handshake(now, out)
 
-    def _send_run(
-        self, session: Session, packets: Sequence[Buffer], start: int, now: float, out: list[Transmit]
-    ) -> int:
-        """Send the packets from `start` on that make one run; return how many they are."""
+    def _runs(self, packets: Sequence[Buffer]) -> Iterator[tuple[Sequence[Buffer], int]]:
+        """Yield the packets in runs that one call can send, each with the size of its datagrams.
+
+        All of a run are sealed to one size, but for the last one, which may be shorter.
+        """
         limit = self.tunnel_mtu or self.mtu
-        length = len(packets[start])
-        size = sealed_size(length, limit)
-        count = 1
-        most = min(MAX_SEGMENTS, len(packets) - start)
-        if most * size > MAX_RUN:  # two calls of about equal size, not a full one and a rest
-            most = -(-most // -(-most * size // MAX_RUN))
-        while count < most and len(packets[start + count]) == length:
-            count += 1
-        total = count * size
-        while count < most:
-            more = sealed_size(len(packets[start + count]), limit)
-            if more > size:
-                break
-            total += more
-            count += 1
-            if more < size:
-                break
-        run = packets[start : start + count]
+        lengths = [*map(len, packets)]
+        sealed = {length: sealed_size(length, limit) for length in set(lengths)}
+        sizes = [*map(sealed.__getitem__, lengths)]
+        at = 0
+        while at < len(packets):
+            size = sizes[at]
+            ahead = sizes[at : at + _LOOK_AHEAD]
+            alike = len(ahead)
+            if ahead.count(size) < alike:
+                alike = next(number for number, other in enumerate(ahead) if other != size)
+            calls = max(-(-alike // MAX_SEGMENTS), -(-alike * size // MAX_RUN))
+            count = -(-alike // calls)  # calls of about equal size, not full ones and a rest
+            if count == alike < min(len(ahead), MAX_SEGMENTS) and ahead[count] < size <= MAX_RUN // (count + 1):
+                count += 1
+            yield packets[at : at + count], size
+            at += count
+
+    def _send_run(self, session: Session, run: Sequence[Buffer], size: int, now: float, out: list[Transmit]) -> None:
+        """Seal packets into datagrams of `size` bytes, the last one perhaps shorter, and give them to the paths."""
+        count = len(run)
         chosen = self._choose(count, size, now)
         if not chosen:
             self._stage(run)
-            return count
+            return
+        rest: Sequence[Buffer] = ()
         most = max(given for _, _, given in chosen)
-        if most < count:  # nobody takes the rest of the run now
-            count, run, total = most, run[:most], most * size
-        view: bytes | memoryview
-        if count == 1:  # the short way
-            view = session.seal(run[0], limit)
-        else:
-            data = bytearray(total)
-            session.seal_run(run, data, limit)
-            view = memoryview(data).toreadonly()
+        if most < count:  # nobody takes the rest of the run with this call
+            count, run, rest = most, run[:most], run[most:]
+        limit = self.tunnel_mtu or self.mtu
+        view = session.seal(run[0], limit) if count == 1 else memoryview(session.seal_run(run, limit))
         self.packets_sent += count
         self.bytes_sent += sum(map(len, run))
         for path, to, given in chosen:
@@ -206,7 +210,8 @@ class Peer:
             if path is not None:
                 path.sent(given, len(part))
         self.timers.anything_sent(now)
-        return count
+        for more, its_size in self._runs(rest):
+            self._send_run(session, more, its_size, now, out)
 
     def _stage(self, packets: Sequence[Buffer]) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
@@ -263,24 +268,16 @@ class Peer:
         if not new:
             return False
         self._authenticated(session, source, now, out)
+        alike = self._take_alike(opened.plain, inbox) if new > 1 else 0
+        data = list(opened.counters[:alike])
         controls: list[tuple[int, bytes]] = []
-        data: list[int] = []
-        allowed = b""  # the source that was let through last: a run is mostly of one flow
-        for counter, plain in zip(opened.counters, opened.plain, strict=True):
-            is_alike = len(plain) >= IPV4_HEADER and plain[0] == 0x45 and plain[12:16] == allowed
-            if is_alike and plain[2] << 8 | plain[3] == len(plain):
-                inbox.append(plain)  # what _take_packet would do, without asking again
-                data.append(counter)
-                self.bytes_received += len(plain)
-            elif not plain:
-                session.window.mark_control(counter)
-            elif plain[0] < 0x10:
-                session.window.mark_control(counter)
-                controls.append((counter, plain))
-            else:
+        for counter, plain in zip(opened.counters[alike:], opened.plain[alike:], strict=True):
+            if len(plain) and plain[0] >= LOWEST_PACKET:
                 self._take_packet(plain, counter, data, inbox)
-                if data and data[-1] == counter:
-                    allowed = plain[12:16] if plain[0] >> 4 == 4 else b""
+            else:
+                session.window.mark_control(counter)
+                if plain:
+                    controls.append((counter, plain))
         if data:
             self.packets_received += len(data)
             self.data_at = now
@@ -292,6 +289,27 @@ class Peer:
             except BadPacketError:
                 self.identity.drops["malformed control message"] += 1
         return True
+
+    def _take_alike(self, plain: list[bytes], inbox: list[Buffer]) -> int:
+        """Take the packets of a run, but for its last one, if what a packet is judged by is the same in all.
+
+        Returns how many were taken. They are of one length: only the last of a run may be shorter.
+        """
+        first, bulk = plain[0], plain[:-1]
+        if len(first) < IPV6_HEADER:
+            return 0
+        judged_by = source_and_length(first)
+        if judged_by is None or len(set(map(judged_by, bulk))) > 1:
+            return 0
+        try:
+            length = len(trim(first))
+        except BadPacketError:
+            return 0
+        if not self._allows(first):
+            return 0
+        inbox += bulk if length == len(first) else [packet[:length] for packet in bulk]
+        self.bytes_received += length * len(bulk)
+        return len(bulk)
 
     def _take_packet(self, plain: bytes, counter: int, data: list[int], inbox: list[Buffer]) -> None:
         try:

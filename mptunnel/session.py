@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import struct
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidTag
@@ -42,6 +43,8 @@ FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 
 _MASK = WINDOW - 1
 _NONCE = struct.Struct("<4xQ")
+_START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
+_COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(PADDING)
 
 
@@ -193,27 +196,19 @@ class Session:
         head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
         return head + self._seal.encrypt(_NONCE.pack(counter), _padded(packet, limit), None)
 
-    def seal_run(self, packets: Sequence[Buffer], out: bytearray, limit: int) -> int:
-        """Seal packets that are padded to one size, the last perhaps to a smaller one, into `out`, one after another.
+    def seal_run(self, packets: Sequence[Buffer], limit: int) -> bytes:
+        """Seal packets into datagrams, one behind the other; every path gets these same bytes.
 
-        Every path gets these same bytes. Returns the bytes written; `out` holds at least
-        `sealed_size(len(packet), limit)` for each.
+        They are padded like that of `seal`.
         """
-        counter, at = self.counter, 0
-        self.counter = counter + len(packets)
-        head, nonce, encrypt = TRANSPORT_HEADER.pack_into, _NONCE.pack, self._seal.encrypt_into
-        index = self.remote_index
-        length = len(packets[0])
-        is_padded = len(_padded(packets[0], limit)) > length or any(len(packet) != length for packet in packets)
-        with memoryview(out) as view:
-            for packet in packets:
-                plain = _padded(packet, limit) if is_padded else packet
-                head(out, at, TRANSPORT, index, counter)
-                end = at + len(plain) + OVERHEAD
-                encrypt(nonce(counter), plain, None, view[at + HEADER_SIZE : end])
-                counter += 1
-                at = end
-        return at
+        count = len(packets)
+        counters = range(self.counter, self.counter + count)
+        self.counter += count
+        if any(_lacking(length, limit) for length in set(map(len, packets))):
+            packets = [_padded(packet, limit) for packet in packets]
+        head = repeat(_START.pack(TRANSPORT, self.remote_index))
+        sealed = map(self._seal.encrypt, _nonces(counters), packets, repeat(None))  # no bytecode for each packet
+        return b"".join(chain.from_iterable(zip(head, map(_COUNTER.pack, counters), sealed, strict=False)))
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
@@ -245,22 +240,17 @@ class Session:
     def _open_fresh_run(
         self, datagrams: memoryview, size: int, counters: Sequence[int], path: int | None, opened: Opened
     ) -> None:
-        decrypt, nonce, plain = self._open.decrypt, _NONCE.pack, opened.plain
-        at, end = HEADER_SIZE, size
+        length = len(datagrams)
+        sealed = _bodies(size, len(counters), length % size or size).unpack_from(datagrams)
         try:
-            for counter in counters:
-                plain.append(decrypt(nonce(counter), datagrams[at:end], None))
-                at += size
-                end += size
-        except InvalidTag:
-            plain.clear()  # one of them is not authentic: find out which
+            plain = list(map(self._open.decrypt, _nonces(counters), sealed, repeat(None)))
+        except InvalidTag:  # one of them is not authentic: find out which
             self._open_singly(datagrams, size, counters, path, opened)
             return
         if counters[-1] >= REJECT_AFTER_MESSAGES:
-            plain.clear()
             opened.bad = len(counters)
             return
-        opened.counters = counters
+        opened.plain, opened.counters = plain, counters
         self.window.mark_run(counters[0], len(counters), path)
 
     def _open_singly(
@@ -326,8 +316,26 @@ def _heads(size: int, count: int, last: int) -> struct.Struct:
 
 
 @lru_cache(maxsize=1024)
+def _bodies(size: int, count: int, last: int) -> struct.Struct:
+    """Return a layout that reads what is sealed of each datagram."""
+    each = f"{HEADER_SIZE}x{size - HEADER_SIZE}s"
+    return struct.Struct("<" + each * (count - 1) + f"{HEADER_SIZE}x{last - HEADER_SIZE}s")
+
+
+@lru_cache(maxsize=1024)
 def _counters(size: int, count: int) -> struct.Struct:
     return struct.Struct("<" + f"8xQ{size - HEADER_SIZE}x" * (count - 1) + "8xQ")
+
+
+def _nonces(counters: Sequence[int]) -> tuple[bytes, ...]:
+    """Return a nonce for each counter: four zero bytes, then the counter (paper, 5.4.6)."""
+    write, read = _nonce_layouts(len(counters))
+    return read.unpack(write.pack(*counters))
+
+
+@lru_cache(maxsize=256)
+def _nonce_layouts(count: int) -> tuple[struct.Struct, struct.Struct]:
+    return struct.Struct("<" + "4xQ" * count), struct.Struct("12s" * count)
 
 
 def _consecutive(first: int, count: int) -> tuple[int, ...]:
@@ -345,10 +353,14 @@ def _spans(first: int, count: int) -> Iterator[tuple[int, int]]:
         yield 0, high - WINDOW
 
 
+def _lacking(length: int, limit: int) -> int:
+    """Return how many zeros a packet of `length` bytes is padded by."""
+    lacking = -length % PADDING
+    return max(0, limit - length) if length + lacking > limit > 0 else lacking
+
+
 def _padded(packet: Buffer, limit: int) -> Buffer:
-    lacking = -len(packet) % PADDING
-    if limit and len(packet) + lacking > limit:
-        lacking = max(0, limit - len(packet))
+    lacking = _lacking(len(packet), limit)
     return b"".join((packet, _ZEROS[:lacking])) if lacking else packet
 
 
