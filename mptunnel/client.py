@@ -35,7 +35,6 @@ from mptunnel.errors import BadPacketError, ConfigError, RefusedError, Unreachab
 from mptunnel.events import ClosePath, Endpoint, OpenPath, Resolve, RunScript, SaveState, Stop
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
 from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
-from mptunnel.packet import source as packet_source
 from mptunnel.path import ClientPath, PathState
 from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
@@ -635,13 +634,12 @@ def _is_literal(host: str) -> bool:
     return True
 
 
-def _allowed_by(file: WireGuardFile) -> Callable[[Buffer], bool]:
-    """Return the check of an incoming packet's source against AllowedIPs; None is faster where all is allowed."""
+def _allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:
+    """Return the check of an incoming packet's source against AllowedIPs."""
     networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
 
-    def is_allowed(packet: Buffer) -> bool:
-        version = packet[0] >> 4
-        address: IPAddress = IPv4Address(packet_source(packet)) if version == 4 else IPv6Address(packet_source(packet))
-        return any(address in network for network in networks[version])
+    def is_allowed(source: bytes) -> bool:
+        address: IPAddress = IPv4Address(source) if len(source) == 4 else IPv6Address(source)
+        return any(address in network for network in networks[address.version])
 
     return is_allowed

@@ -31,7 +31,6 @@ from mptunnel.messages import (
     Probe,
     Use,
 )
-from mptunnel.packet import source as packet_source
 from mptunnel.path import LAST_RESORT, UNASKED_INTERVAL, Allowance, PathState, ServerPath
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
@@ -148,8 +147,8 @@ class ClientPeer(Peer):
             return 0
         return sum(1 << path.id for path in self._bound.values() if path.use is Use.DATA)
 
-    def _allows(self, packet: Buffer) -> bool:
-        return packet_source(packet) in self._allowed
+    def _allows(self, source: bytes) -> bool:
+        return source in self._allowed
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self.news.append(None)
@@ -413,7 +412,7 @@ class JoinPeer(Peer):
         """Send the answer to an ENROL to where that came from."""
         self._send_control(enrolled.encode(), source, None, now, out)
 
-    def _allows(self, packet: Buffer) -> bool:
+    def _allows(self, source: bytes) -> bool:
         return False
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:

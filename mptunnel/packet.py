@@ -38,6 +38,7 @@ _PSEUDO = struct.Struct(">16s16sII")
 VNET: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset (native order)
 VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
+PLAIN_IPV4: Final = 0x45  # the first byte of a header without options
 _ALIKE = {4: struct.Struct(">BxH8x4s"), 6: struct.Struct(">B3xH2x16s")}
 _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1

@@ -156,6 +156,11 @@ class Path:
         self.errors: dict[str, int] = {}
         self._answers = Allowance()
 
+    @property
+    def takes_anything(self) -> bool:
+        """Whether nothing limits now what it is given."""
+        return self.room is None
+
     def may_answer(self, now: float) -> bool:
         """Whether another message may be answered on this path in this second."""
         return self._answers.take(now)
@@ -402,6 +407,11 @@ class ServerPath(Path):
         self.unasked_at = _INF
         self.use = Use.DATA
         self._tx_at: deque[tuple[int, int]] = deque(maxlen=64)  # our `tx` at the newest ECHOs
+
+    @property
+    def takes_anything(self) -> bool:
+        """Whether nothing limits now what it is given; an idle path takes 16 KiB (R5)."""
+        return self.room is None and self.state is PathState.FRESH
 
     def is_newer(self, serial: int, counter: int) -> bool:
         """R2: only a probe of a later session, or of the same with a higher counter, counts; it is remembered."""

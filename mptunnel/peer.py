@@ -27,9 +27,10 @@ from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
-from mptunnel.packet import IPV6_HEADER, complete, source_and_length, trim
+from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
+from mptunnel.packet import source as packet_source
 from mptunnel.receipts import Receipts
-from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
+from mptunnel.session import COUNTER, COUNTER_AT, NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
 if TYPE_CHECKING:
@@ -47,9 +48,18 @@ _LOOK_AHEAD: Final = 4 * 64  # packets of one size that are cut into runs togeth
 MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
 MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
+WAYS_LIFETIME: Final = 0.005  # s for which single packets go the ways of the one before, unless something happens
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
 
 LOWEST_PACKET: Final = 0x10  # a lower first byte is a control message's
+
+_DROPS: Final = {
+    Refused.REPEATED: "duplicate",
+    Refused.CREDITED: "duplicate",
+    Refused.LATE: "below the window",
+    Refused.BAD: "not authentic",
+    Refused.EXPIRED: "key too old",
+}
 
 Owner = tuple["Peer", Session | None]
 
@@ -146,6 +156,8 @@ class Peer:
         self._answered: tuple[bytes, bytes, float] = (b"", b"", -INF)
         self._serial = 0
         self._was_renewed_at_its_end = False
+        self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
+        self._ways_until = -INF  # when this must be decided anew
 
     # -- sending ---------------------------------------------------------------------------------------
 
@@ -157,14 +169,25 @@ class Peer:
             self._stage(packets)
             self._want_handshake(now, out)
             return
-        if len(packets) == 1:
-            self._send_run(session, packets, sealed_size(len(packets[0]), self.tunnel_mtu or self.mtu), now, out)
+        if len(packets) == 1 and now < self._ways_until:
+            self._send_one(session, packets[0], now, out)
         else:
             for run, size in self._runs(packets):
                 self._send_run(session, run, size, now, out)
         self.timers.data_sent(now)
         if session.wants_successor(now):
             self._want_handshake(now, out)
+
+    def _send_one(self, session: Session, packet: Buffer, now: float, out: list[Transmit]) -> None:
+        """Send a packet the ways that the last one went a moment ago: what takes long with cold caches is deciding."""
+        datagram = session.seal(packet, self.tunnel_mtu or self.mtu)
+        size = len(datagram)
+        self.packets_sent += 1
+        self.bytes_sent += len(packet)
+        for path, to in self._ways:
+            out.append(Transmit(to, datagram, size))
+            path.sent(1, size)
+        self.timers.anything_sent(now)
 
     def _runs(self, packets: Sequence[Buffer]) -> Iterator[tuple[Sequence[Buffer], int]]:
         """Yield the packets in runs that one call can send, each with the size of its datagrams.
@@ -210,8 +233,12 @@ class Peer:
             if path is not None:
                 path.sent(given, len(part))
         self.timers.anything_sent(now)
-        for more, its_size in self._runs(rest):
-            self._send_run(session, more, its_size, now, out)
+        if rest:
+            for more, its_size in self._runs(rest):
+                self._send_run(session, more, its_size, now, out)
+        elif count == 1:
+            self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
+            self._ways_until = now + WAYS_LIFETIME if len(self._ways) == len(chosen) else -INF
 
     def _stage(self, packets: Sequence[Buffer]) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
@@ -255,6 +282,8 @@ class Peer:
 
         Returns whether anything new and authentic was among them.
         """
+        if len(datagrams) <= size:
+            return self._receive_one(session, datagrams, source, now, inbox, out)
         path = self.path_at(source)
         opened = session.open(datagrams, size, None if path is None else path.id, now)
         new = len(opened.plain)
@@ -279,16 +308,51 @@ class Peer:
                 if plain:
                     controls.append((counter, plain))
         if data:
-            self.packets_received += len(data)
-            self.data_at = now
-            self.receipts.arrived(session, data, now)
-            self.timers.data_received(now)
+            self._data_received(session, data, now)
         for counter, plain in controls:
-            try:
-                self._control(session, counter, plain, source, now, out)
-            except BadPacketError:
-                self.identity.drops["malformed control message"] += 1
+            self._take_control(session, counter, plain, source, now, out)
         return True
+
+    def _receive_one(
+        self, session: Session, datagram: memoryview, source: Any, now: float, inbox: list[Buffer], out: list[Transmit]
+    ) -> bool:
+        """Take a datagram that came alone: what `receive` does, without what is only worth its while for many."""
+        path, drops = self.path_at(source), self.identity.drops
+        plain = session.open_one(datagram, None if path is None else path.id, now)
+        if isinstance(plain, Refused):
+            if plain is Refused.CREDITED and path is not None:
+                path.received(1, len(datagram), 0)  # a copy seen before proves no size
+            drops[_DROPS[plain]] += 1
+            return False
+        if path is not None:
+            path.received(1, len(datagram), len(datagram))
+        self._authenticated(session, source, now, out)
+        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
+        if len(plain) and plain[0] >= LOWEST_PACKET:
+            data: list[int] = []
+            self._take_packet(plain, counter, data, inbox)
+            if data:
+                self._data_received(session, data, now)
+            return True
+        session.window.mark_control(counter)
+        if plain:
+            self._take_control(session, counter, plain, source, now, out)
+        return True
+
+    def _data_received(self, session: Session, counters: list[int], now: float) -> None:
+        self.packets_received += len(counters)
+        self.data_at = now
+        self.receipts.arrived(session, counters, now)
+        self.timers.data_received(now)
+
+    def _take_control(
+        self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
+    ) -> None:
+        self._ways_until = -INF
+        try:
+            self._control(session, counter, plain, source, now, out)
+        except BadPacketError:
+            self.identity.drops["malformed control message"] += 1
 
     def _take_alike(self, plain: list[bytes], inbox: list[Buffer]) -> int:
         """Take the packets of a run, but for its last one, if what a packet is judged by is the same in all.
@@ -305,19 +369,23 @@ class Peer:
             length = len(trim(first))
         except BadPacketError:
             return 0
-        if not self._allows(first):
+        if not self._allows(packet_source(first)):
             return 0
         inbox += bulk if length == len(first) else [packet[:length] for packet in bulk]
         self.bytes_received += length * len(bulk)
         return len(bulk)
 
     def _take_packet(self, plain: bytes, counter: int, data: list[int], inbox: list[Buffer]) -> None:
-        try:
-            packet = trim(plain)
-        except BadPacketError:
-            self.identity.drops["malformed IP packet"] += 1
-            return
-        if not self._allows(packet):
+        if plain[0] == PLAIN_IPV4 and len(plain) >= IPV4_HEADER and plain[2] << 8 | plain[3] == len(plain):
+            packet, its_source = plain, plain[12:16]  # nearly all are so: nothing to trim
+        else:
+            try:
+                packet = bytes(trim(plain))
+            except BadPacketError:
+                self.identity.drops["malformed IP packet"] += 1
+                return
+            its_source = packet_source(packet)
+        if not self._allows(its_source):
             self.identity.drops["source not allowed"] += 1
             return
         inbox.append(packet)
@@ -325,13 +393,9 @@ class Peer:
         self.bytes_received += len(packet)
 
     def _count_drops(self, bad: int, late: int, expired: int) -> None:
-        drops = self.identity.drops
-        if bad:
-            drops["not authentic"] += bad
-        if late:
-            drops["below the window"] += late
-        if expired:
-            drops["key too old"] += expired
+        for refused, count in ((Refused.BAD, bad), (Refused.LATE, late), (Refused.EXPIRED, expired)):
+            if count:
+                self.identity.drops[_DROPS[refused]] += count
 
     def _authenticated(self, session: Session, source: Any, now: float, out: list[Transmit]) -> None:
         self.heard_at = now
@@ -343,7 +407,12 @@ class Peer:
             self.previous, self.current, self.next = self.current, session, None
             self.timers.handshake_confirmed()
             self._confirmed(now, out)
-        elif session is self.current and session.is_near_its_end(now) and not self._was_renewed_at_its_end:
+        elif (
+            session.is_initiator
+            and session is self.current
+            and session.is_near_its_end(now)
+            and not self._was_renewed_at_its_end
+        ):
             self._was_renewed_at_its_end = True
             self._want_handshake(now, out)
 
@@ -508,6 +577,7 @@ class Peer:
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
+        self._ways_until = -INF
         for timer in self.timers.expired(now):
             self._expired(timer, now, out)
 
@@ -581,7 +651,8 @@ class Peer:
     def _learn_endpoint(self, source: Any) -> None:
         self.endpoint = source
 
-    def _allows(self, packet: Buffer) -> bool:
+    def _allows(self, source: bytes) -> bool:
+        """Whether packets with this packed source address may come from the peer."""
         raise NotImplementedError
 
     def _next_handshake_at(self) -> float:

@@ -70,6 +70,7 @@ class Role:
         self._clock_origin = int.from_bytes(entropy(6), "little")  # no probe tells how long this host is up
         self._handshakes: deque[tuple[bytes, Any]] = deque()
         self._answered: dict[bytes, Peer] = {}  # whose initiation with this ephemeral key we took
+        self._busy: set[Peer] = set()  # those that have had something to do with data in this turn
         self._out: list[Transmit] = []
         self._events: list[Event] = []
         self.wall_is(now, wall)
@@ -104,13 +105,17 @@ class Role:
         IP packets are appended to `inbox`.
         """
         if len(datagrams) <= size:
-            self._receive_run(datagrams, max(1, len(datagrams)), source, now, inbox)
+            self._receive_run(datagrams, size or 1, source, now, inbox)
             return
         for run in same_headers(datagrams, size):
             self._receive_run(run, size, source, now, inbox)
 
     def finish_turn(self, now: float) -> None:
-        """All data of this turn has been taken: now some handshakes."""
+        """All data of this turn has been taken: now what came of it for the peers, then some handshakes."""
+        if self._busy:
+            busy, self._busy = self._busy, set()
+            for peer in busy:
+                self._after(peer, now)
         if len(self._handshakes) > MAX_TAKEN:
             self._door.crowded(now)
         for _ in range(min(MAX_TAKEN, len(self._handshakes))):
@@ -130,7 +135,7 @@ class Role:
                     return
                 peer = owner[0]
                 if peer.receive(owner[1], run, size, source, now, inbox, self._out):
-                    self._after(peer, now)
+                    self._busy.add(peer)
                 return
         for at in range(0, max(1, len(run)), size):
             self._collect(run[at : at + size], source)

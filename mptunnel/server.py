@@ -121,7 +121,7 @@ class Server(Role):
 
     def _send_batch(self, peer: ClientPeer, batch: list[Buffer], now: float) -> None:
         peer.send(batch, now, self._out)
-        self._attend(peer)
+        self._busy.add(peer)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""

@@ -105,7 +105,7 @@ class ServerPeer(Peer):
         is_ours: bool = False,
         is_stock: bool = False,
         enrol: Enrol | None = None,
-        allows: Callable[[Buffer], bool] | None = None,
+        allows: Callable[[bytes], bool] | None = None,
     ) -> None:
         super().__init__(identity, remote, name, mtu, now)
         self.paths = paths
@@ -196,7 +196,7 @@ class ServerPeer(Peer):
 
     def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """See `Peer.send`; the first packets after a pause also make every path known again."""
-        was_idle = not self.in_use(now)
+        was_idle = now - self.data_at >= IN_USE and not self.in_use(now)
         super().send(packets, now, out)
         if was_idle:
             self._probe_soon(now)
@@ -215,7 +215,7 @@ class ServerPeer(Peer):
         out: list[Transmit],
     ) -> bool:
         """See `Peer.receive`; the first packets after a pause also make every path known again."""
-        was_idle = not self.in_use(now)
+        was_idle = now - self.data_at >= IN_USE and not self.in_use(now)
         is_new = super().receive(session, datagrams, size, source, now, inbox, out)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
@@ -281,8 +281,8 @@ class ServerPeer(Peer):
     def _learn_endpoint(self, source: Any) -> None:
         """R8: the server's address is pinned; its packets move nothing."""
 
-    def _allows(self, packet: Buffer) -> bool:
-        return self._permits is None or self._permits(packet)
+    def _allows(self, source: bytes) -> bool:
+        return self._permits is None or self._permits(source)
 
     # -- handshake -------------------------------------------------------------------------------------
 

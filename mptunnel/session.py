@@ -12,6 +12,7 @@ be sent with it.
 
 from __future__ import annotations
 
+import enum
 import mmap
 import struct
 from functools import lru_cache
@@ -44,7 +45,8 @@ FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 _MASK = WINDOW - 1
 _NONCE = struct.Struct("<4xQ")
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
-_COUNTER = struct.Struct("<Q")
+COUNTER: Final = struct.Struct("<Q")
+COUNTER_AT: Final = 8  # in a type 4 datagram
 _ZEROS = bytes(PADDING)
 
 
@@ -139,6 +141,16 @@ class ReplayWindow:
             self._paths[low:high] = bytes(high - low)
 
 
+class Refused(enum.Enum):
+    """Why a datagram that came alone brought nothing."""
+
+    REPEATED = "another path, or this one, has delivered it"
+    CREDITED = "another path has delivered it, and it is news that this one did too"
+    LATE = "it is below the window, so nobody knows"
+    BAD = "it is not authentic"
+    EXPIRED = "its key is too old"
+
+
 class Opened:
     """What came of a run of datagrams: the plaintexts, and how many were new, repeated or not authentic.
 
@@ -194,7 +206,8 @@ class Session:
         counter = self.counter
         self.counter = counter + 1
         head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
-        return head + self._seal.encrypt(_NONCE.pack(counter), _padded(packet, limit), None)
+        plain = _padded(packet, limit) if len(packet) % PADDING else packet
+        return head + self._seal.encrypt(_NONCE.pack(counter), plain, None)
 
     def seal_run(self, packets: Sequence[Buffer], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
@@ -208,7 +221,7 @@ class Session:
             packets = [_padded(packet, limit) for packet in packets]
         head = repeat(_START.pack(TRANSPORT, self.remote_index))
         sealed = map(self._seal.encrypt, _nonces(counters), packets, repeat(None))  # no bytecode for each packet
-        return b"".join(chain.from_iterable(zip(head, map(_COUNTER.pack, counters), sealed, strict=False)))
+        return b"".join(chain.from_iterable(zip(head, map(COUNTER.pack, counters), sealed, strict=False)))
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
@@ -232,6 +245,25 @@ class Session:
         else:
             self._open_singly(datagrams, size, counters, path, opened)
         return opened
+
+    def open_one(self, datagram: memoryview, path: int | None, now: float) -> bytes | Refused:
+        """Open a type 4 datagram that came alone: what `open` does, the short way."""
+        if not self.is_alive(now):
+            return Refused.EXPIRED
+        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
+        window = self.window
+        if counter <= window.top and not window.is_fresh(counter):
+            if counter <= window.top - window.width:
+                return Refused.LATE
+            return Refused.CREDITED if path is not None and window.credit(counter, path) else Refused.REPEATED
+        try:
+            plain = self._open.decrypt(_NONCE.pack(counter), datagram[HEADER_SIZE:], None)
+        except InvalidTag:
+            return Refused.BAD
+        if counter >= REJECT_AFTER_MESSAGES:
+            return Refused.BAD
+        window.mark(counter, path)
+        return plain
 
     def close(self) -> None:
         """Forget everything; the keys go with the object."""

@@ -141,12 +141,14 @@ class PeerTimers:
     def anything_sent(self, now: float) -> None:
         """An authenticated datagram went out."""
         self._at.pop(Timer.KEEPALIVE, None)
-        self._traversed(now)
+        if self.persistent:
+            self._at[Timer.PERSISTENT] = now + self.persistent
 
     def anything_received(self, now: float) -> None:
         """An authentic datagram came in."""
         self._at.pop(Timer.NEW_HANDSHAKE, None)
-        self._traversed(now)
+        if self.persistent:
+            self._at[Timer.PERSISTENT] = now + self.persistent
 
     def keepalive_sent(self, now: float) -> None:
         """The passive keepalive went out; data came in meanwhile too, so another may be owed."""
@@ -158,7 +160,3 @@ class PeerTimers:
         """There is nobody to talk to any more."""
         for timer in (Timer.KEEPALIVE, Timer.NEW_HANDSHAKE, Timer.PERSISTENT, Timer.HELLO):
             self._at.pop(timer, None)
-
-    def _traversed(self, now: float) -> None:
-        if self.persistent:
-            self._at[Timer.PERSISTENT] = now + self.persistent

@@ -173,6 +173,7 @@ class ServerSocket(Receiver):
             raise _port_refusal(port, error) from None
         super().__init__(sock, offload=offload)
         self._known: dict[tuple[tuple[Any, ...], bytes], Endpoint] = {}
+        self._ways: dict[Endpoint, tuple[tuple[Any, ...], list[Any]]] = {}
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
 
     def receive(self) -> tuple[memoryview, int, Endpoint]:
@@ -198,15 +199,22 @@ class ServerSocket(Receiver):
         endpoint = self._known[address, info] = Endpoint(address[0], address[1], scope, local)
         return endpoint
 
+    def _way(self, to: Endpoint) -> tuple[tuple[Any, ...], list[Any]]:
+        """Return the address of an endpoint and what makes the kernel answer from ours; kept for the next time."""
+        if len(self._ways) >= MAX_KNOWN:
+            self._ways.clear()
+        kept: tuple[tuple[Any, ...], list[Any]]
+        if self.has_ipv6:
+            kept = (to.host, to.port, 0, to.scope), [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, to.local)]
+        else:
+            local = _PKTINFO4.pack(0, to.local, bytes(4))
+            kept = (to.host, to.port), [(socket.IPPROTO_IP, _IP_PKTINFO, local)]
+        self._ways[to] = kept
+        return kept
+
     def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
-        address: tuple[str, int] | tuple[str, int, int, int]
-        if self.has_ipv6:
-            address = (to.host, to.port, 0, to.scope)
-            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, to.local)]
-        else:
-            address = (to.host, to.port)
-            ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, _PKTINFO4.pack(0, to.local, bytes(4)))]
+        address, ancillary = self._ways.get(to) or self._way(to)
         refused, why = 0, ""
         if size < len(data) and self.sends_runs:
             try:
