@@ -24,11 +24,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from mptunnel import __version__, crowd, micro
 from mptunnel.contest import CONTESTANTS, Contestant, Mptunnel
-from mptunnel.errors import HostError
+from mptunnel.errors import ConfigError, HostError
 from mptunnel.figures import (
     Figures,
     FoundRate,
@@ -58,6 +58,7 @@ SAMPLE_SECONDS: Final = 5.0
 _SETTLE: Final = 0.5  # s after a tunnel is up: its MTU has been found by then
 _READY_SECONDS: Final = 10.0
 _MEMORY_SECONDS: Final = 2.0
+_LOOK_SECONDS: Final = 0.5
 
 METRICS: Final = (
     *(
@@ -74,8 +75,18 @@ METRICS: Final = (
     Metric("echo_lost", "echoes lost", "%"),
     Metric("memory_cl_mb", "memory, client, peak", "MB"),
     Metric("memory_sv_mb", "memory, server, peak", "MB"),
+    Metric("others", "processors in use before it began", "%"),
 )
-_GROWTH: Final = ("tcp1_up_mbit", "tcp1_down_mbit", "cpu_up_s_per_gbit", "cpu_down_s_per_gbit", "memory_sv_mb")
+_WITHOUT_RATIO: Final = frozenset({"echo_lost", "others"})
+_GROWTH: Final = {  # one TCP stream
+    "tcp1_up_mbit": "up Mbit/s",
+    "tcp1_down_mbit": "down Mbit/s",
+    "cpu_up_s_per_gbit": "up s/Gbit",
+    "cpu_down_s_per_gbit": "down s/Gbit",
+    "memory_sv_mb": "server MB",
+    "memory_idle_kb": "an idle client kB",
+    "others": "in use before %",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +117,29 @@ class Plan:
 def main(plan: Plan) -> int:
     """Measure what is asked for, print it, and return the exit code: 1 if a contestant failed or memory grew.
 
-    Raises `Unavailable` where the kernel refuses namespaces.
+    Raises `Unavailable` where the kernel refuses namespaces, ConfigError where the JSON cannot be written.
     """
-    answer: dict[str, Any] = {"format": 1, "version": __version__, "machine": machine(), "runs": plan.runs}
-    parts = list(_parts(plan))
-    texts = [_machine_text(answer["machine"], plan)]
-    for name, measure, tell in parts:
-        answer[name] = measure(plan)
-        texts.append(tell(answer[name]))
-    if plan.json != "-":
-        sys.stdout.write("\n\n".join(texts) + "\n")
-    if plan.json:
-        text = json.dumps(answer, indent=2) + "\n"
-        if plan.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(plan.json).write_text(text, encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        file = None if plan.json in {"", "-"} else stack.enter_context(_open(plan.json))  # before all the work
+        answer: dict[str, Any] = {"format": 1, "version": __version__, "machine": machine(), "runs": plan.runs}
+        texts = [_machine_text(answer["machine"], plan)]
+        for name, measure, tell in _parts(plan):
+            answer[name] = measure(plan)
+            texts.append(tell(answer[name]))
+        as_json = json.dumps(answer, indent=2) + "\n"
+        sys.stdout.write(as_json if plan.json == "-" else "\n\n".join(texts) + "\n")
+        if file is not None:
+            file.write(as_json)
     return int(_has_failed(answer))
+
+
+def _open(path: str) -> TextIO:
+    try:
+        return Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {os.strerror(error.errno or 0).lower()}; name another --json"
+        ) from None
 
 
 def _parts(plan: Plan) -> Iterator[tuple[str, Any, Any]]:
@@ -171,7 +188,7 @@ def hold_contest(plan: Plan) -> dict[str, Any]:
                     found[kind.name]["runs"].append(field.measure(plan))
                     found[kind.name]["limited"] = sorted({*found[kind.name]["limited"], *field.limited})
             except HostError as error:
-                found[kind.name]["error"] = str(error)
+                found[kind.name]["error"] = str(error).splitlines()[0]
                 taking_part.remove(kind)
     return {"paths": plan.paths[0], "contestants": summed_up(found)}
 
@@ -188,33 +205,46 @@ def summed_up(found: dict[str, Any]) -> dict[str, Any]:
     ours = found[Mptunnel.name]["figures"]
     for name, each in found.items():
         if name != Mptunnel.name:
-            each["ratios"] = ratios(ours, each["figures"])
+            compared = ratios(ours, each["figures"])
+            each["ratios"] = {name: ratio for name, ratio in compared.items() if name not in _WITHOUT_RATIO}
     return found
 
 
 @contextlib.contextmanager
-def _field(kind: type[Contestant], paths: int, *words: str) -> Iterator[_Field]:
+def _field(kind: type[Contestant], paths: int) -> Iterator[_Field]:
     """Open a lab, bring the contestant up in it, and end both."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
+        others = busy_share()
         lab = stack.enter_context(Lab(two_uplinks(paths, direct=True)))  # ends first, and with it who writes there
-        contestant = Mptunnel(lab, places, *words) if kind is Mptunnel else kind(lab, places)
+        contestant = kind(lab, places)
         contestant.start()
-        yield _Field(lab, contestant)
+        yield _Field(lab, contestant, others)
+
+
+def busy_share() -> float:
+    """Return how much of the processors is in use while we sleep, in percent (proc(5): stat)."""
+    samples = []
+    for pause in (_LOOK_SECONDS, 0.0):
+        ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+        samples.append((sum(ticks), ticks[3] + ticks[4]))  # all; idle and waiting for disks
+        time.sleep(pause)
+    (all_before, idle_before), (all_after, idle_after) = samples
+    return 100 * (1 - (idle_after - idle_before) / max(1, all_after - all_before))
 
 
 class _Field:
     """A contestant that is up, and the load at both ends of its tunnel."""
 
-    def __init__(self, lab: Lab, contestant: Contestant) -> None:
-        self.lab, self.contestant = lab, contestant
+    def __init__(self, lab: Lab, contestant: Contestant, others: float) -> None:
+        self.lab, self.contestant, self.others = lab, contestant, others
         self.near, self.far = Generator(lab, "cl"), Generator(lab, "inet")
         self.limited: list[str] = []
         self._wait_ready()
 
     def measure(self, plan: Plan) -> Figures:
         """Return all figures that are asked for."""
-        figures: Figures = {}
+        figures: Figures = {"others": self.others}
         if "latency" in plan.only:
             figures |= self.latency(plan.seconds)
         if "throughput" in plan.only:
@@ -310,7 +340,7 @@ def grow_paths(plan: Plan) -> list[dict[str, Any]]:
         for count in plan.paths:
             _say(f"run {run + 1} of {plan.runs}: {count} path{'s' * (count > 1)}")
             with _field(Mptunnel, count) as field:
-                runs[count].append(field.throughput(plan.seconds, (1,)) | field.memory())
+                runs[count].append(field.throughput(plan.seconds, (1,)) | field.memory() | {"others": field.others})
     return [{"count": count, "figures": medians(runs[count])} for count in plan.paths]
 
 
@@ -328,6 +358,7 @@ def _one_of(count: int, plan: Plan) -> Figures:
     """Return the figures of one busy client among `count` connected ones."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
+        others = busy_share()
         lab = stack.enter_context(Lab(two_uplinks(plan.paths[0], direct=True)))
         tickets = crowd.admit(places / "sv" / "state", count - 1)
         contestant = Mptunnel(lab, places, "--network", str(crowd.NETWORK))
@@ -335,8 +366,8 @@ def _one_of(count: int, plan: Plan) -> Figures:
         alone = contestant.memory()["sv"]
         crowd.gather(lab, tickets)
         figures = {"memory_idle_kb": (contestant.memory()["sv"] - alone) / (count - 1) / 1e3} if count > 1 else {}
-        field = _Field(lab, contestant)
-        return figures | field.throughput(plan.seconds, (1,)) | field.memory()
+        field = _Field(lab, contestant, others)
+        return figures | field.throughput(plan.seconds, (1,)) | field.memory() | {"others": others}
 
 
 def soak(plan: Plan) -> dict[str, Any]:
@@ -389,50 +420,47 @@ def _machine_text(known: dict[str, Any], plan: Plan) -> str:
 
 
 def contest_text(found: dict[str, Any]) -> str:
-    """Return the table: a line for each metric, a column for each contestant, and mptunnel's ratio to the others."""
+    """Return the table: a line for each metric; beside each other contestant's figure mptunnel's ratio to it."""
     contestants = found["contestants"]
-    present = [name for name, each in contestants.items() if each["figures"]]
-    others = [name for name in present if name != Mptunnel.name]
+    present = [(name, each) for name, each in contestants.items() if each["figures"]]
     rows = []
     for metric in METRICS:
-        values = [contestants[name]["figures"].get(metric.name) for name in present]
-        if all(value is None for value in values):
+        if not any(metric.name in each["figures"] for _, each in present):
             continue
-        marks = [">" if metric.name in contestants[name].get("limited", ()) else "" for name in present]
-        cells = [mark + number(value) for mark, value in zip(marks, values, strict=True)]
-        cells += [number(contestants[name].get("ratios", {}).get(metric.name)) for name in others]
-        rows.append([metric.words, metric.unit, *cells])
-    heads = ["", "", *present, *(f"/ {name}" for name in others)]
-    lines = [table(heads, rows), ""]
-    lines += [_about(name, each, found["paths"]) for name, each in contestants.items()]
+        row = [metric.words, metric.unit]
+        for name, each in present:
+            mark = ">" if metric.name in each.get("limited", ()) else ""
+            row.append(mark + number(each["figures"].get(metric.name)))
+            if name != Mptunnel.name:
+                ratio = each.get("ratios", {}).get(metric.name)
+                row.append("" if ratio is None else f"({number(ratio)})")
+        rows.append(row)
+    heads = [head for name, _ in present for head in ([name] if name == Mptunnel.name else [name, ""])]
+    lines = [table(["", "", *heads], rows), "", "(): mptunnel's figure divided by this one"]
     if any(each.get("limited") for each in contestants.values()):
-        lines.append(">: the sender of the datagrams, a Python process, could do no more; the tunnel might")
-    lines.append("/: mptunnel's figure divided by the other's")
+        lines.append(">: the sender of the datagrams, a Python process, could do no more beside it; the tunnel might")
+    lines += [_about(name, each, found["paths"]) for name, each in contestants.items()]
     return "\n".join(lines)
 
 
 def _about(name: str, each: dict[str, Any], paths: int) -> str:
     if "missing" in each:
-        return f"{name}: not here (no {', '.join(each['missing'])})"
+        return f"{name}: not here: {' and '.join(each['missing'])} not installed"
     if "error" in each:
         return f"{name}: failed: {each['error']}"
-    return f"{name}: {each['about']}" + (f", {paths} of them" if name == Mptunnel.name else "")
+    how = f"{paths} path{'s' * (paths > 1)}, " if name == Mptunnel.name else ""
+    return f"{name}: {how}{each['about']}"
 
 
 def growth_text(what: str, found: list[dict[str, Any]]) -> str:
     """Return the table: a line for each count, and the throughput as a share of the first line's."""
-    metrics = [metric for metric in METRICS if metric.name in _GROWTH]
-    heads = [what, *(f"{metric.words}, {metric.unit}" for metric in metrics), "up", "down"]
-    first = found[0]["figures"]
-    has_idle = any("memory_idle_kb" in each["figures"] for each in found)
+    columns = {name: heads for name, heads in _GROWTH.items() if any(name in each["figures"] for each in found)}
     rows = []
     for each in found:
-        figures = each["figures"]
-        compared = ratios(figures, first)
-        shares = [number(100 * compared[name], " %") for name in _GROWTH[:2]]
-        idle = [number(figures.get("memory_idle_kb"))] if has_idle else []
-        rows.append([str(each["count"]), *(number(figures.get(metric.name)) for metric in metrics), *shares, *idle])
-    return table([*heads, *(["an idle client, kB"] if has_idle else [])], rows)
+        compared = ratios(each["figures"], found[0]["figures"])
+        shares = [number(100 * compared[name], " %") for name in ("tcp1_up_mbit", "tcp1_down_mbit")]
+        rows.append([str(each["count"]), *shares, *(number(each["figures"].get(name)) for name in columns)])
+    return table([what, "up", "down", *columns.values()], rows)
 
 
 def micro_text(found: list[dict[str, Any]]) -> str:
