@@ -59,6 +59,7 @@ _SETTLE: Final = 0.5  # s after a tunnel is up: its MTU has been found by then
 _READY_SECONDS: Final = 10.0
 _MEMORY_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 0.5
+_QUIET: Final = 10.0  # percent of the processors
 
 METRICS: Final = (
     *(
@@ -107,6 +108,11 @@ class Plan:
     def seconds(self) -> float:
         """Length of a transfer and of an echo."""
         return 0.5 if self.quick else 3.0
+
+    @property
+    def patience(self) -> float:
+        """How long others may hold us up before each contestant, in s."""
+        return 0.0 if self.quick else 20.0
 
     @property
     def trial_seconds(self) -> float:
@@ -184,7 +190,7 @@ def hold_contest(plan: Plan) -> dict[str, Any]:
         for kind in list(taking_part):
             _say(f"run {run + 1} of {plan.runs}: {kind.name}")
             try:
-                with _field(kind, plan.paths[0]) as field:
+                with _field(kind, plan.paths[0], plan) as field:
                     found[kind.name]["runs"].append(field.measure(plan))
                     found[kind.name]["limited"] = sorted({*found[kind.name]["limited"], *field.limited})
             except HostError as error:
@@ -211,15 +217,25 @@ def summed_up(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _field(kind: type[Contestant], paths: int) -> Iterator[_Field]:
+def _field(kind: type[Contestant], paths: int, plan: Plan) -> Iterator[_Field]:
     """Open a lab, bring the contestant up in it, and end both."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
-        others = busy_share()
+        others = wait_quiet(plan.patience)
         lab = stack.enter_context(Lab(two_uplinks(paths, direct=True)))  # ends first, and with it who writes there
         contestant = kind(lab, places)
         contestant.start()
         yield _Field(lab, contestant, others)
+
+
+def wait_quiet(patience: float) -> float:
+    """Wait until others leave the machine to us, or no longer; return how much they still use, in percent."""
+    end, is_told = time.monotonic() + patience, False
+    while (share := busy_share()) > _QUIET and time.monotonic() < end:
+        if not is_told:
+            _say(f"{share:.0f} % of the processors are in use: waiting up to {patience:.0f} s for less")
+            is_told = True
+    return share
 
 
 def busy_share() -> float:
@@ -339,7 +355,7 @@ def grow_paths(plan: Plan) -> list[dict[str, Any]]:
     for run in range(plan.runs):
         for count in plan.paths:
             _say(f"run {run + 1} of {plan.runs}: {count} path{'s' * (count > 1)}")
-            with _field(Mptunnel, count) as field:
+            with _field(Mptunnel, count, plan) as field:
                 runs[count].append(field.throughput(plan.seconds, (1,)) | field.memory() | {"others": field.others})
     return [{"count": count, "figures": medians(runs[count])} for count in plan.paths]
 
@@ -358,7 +374,7 @@ def _one_of(count: int, plan: Plan) -> Figures:
     """Return the figures of one busy client among `count` connected ones."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
-        others = busy_share()
+        others = wait_quiet(plan.patience)
         lab = stack.enter_context(Lab(two_uplinks(plan.paths[0], direct=True)))
         tickets = crowd.admit(places / "sv" / "state", count - 1)
         contestant = Mptunnel(lab, places, "--network", str(crowd.NETWORK))
@@ -374,7 +390,7 @@ def soak(plan: Plan) -> dict[str, Any]:
     """Load the tunnel as heavily as goes, both ways at once, and look at its memory every 5 s."""
     samples: list[dict[str, float]] = []
     received = {"up": 0, "down": 0}
-    with _field(Mptunnel, plan.paths[0]) as field:
+    with _field(Mptunnel, plan.paths[0], plan) as field:
         begun = time.monotonic()
         while (spent := time.monotonic() - begun) < plan.soak:
             told = field.transfer(SOAK_STREAMS, SOAK_STREAMS, min(SAMPLE_SECONDS, plan.soak - spent))

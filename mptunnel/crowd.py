@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import random
 import select
@@ -39,9 +40,10 @@ NETWORK: Final = IPv4Network("10.64.0.0/16")  # room for all of them
 IDLE_SECONDS: Final = 11.0  # a tunnel probes as if it were in use for 10 s from its beginning
 
 _IN_ONE: Final = 400  # clients of a process: two sockets each, and select() takes no descriptor from 1024 on
-_PACE: Final = 0.025  # s between two that begin: the door calls a faster crowd a flood
-_PATIENCE: Final = 60.0
+_PACE: Final = 0.04  # s between two that begin: each probes 8 times a second at first
+_PATIENCE: Final = 30.0  # for all of them, and for each as long as the pace once more
 _READS: Final = 16
+_STDIN: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,9 @@ def gather(lab: Lab, tickets: Sequence[Ticket]) -> None:
             json.dumps({"keys": keys, "server": crowd[0].server.hex(), "paths": names}).encode() + b"\n"
         )
         process.stdin.flush()
-        if not select.select([process.stdout], [], [], _PATIENCE)[0] or not process.stdout.readline():
-            raise HostError(f"{len(crowd)} idle clients are not all connected after {_PATIENCE:.0f} s")
+        patience = _PATIENCE + 2 * _PACE * len(crowd)
+        if not select.select([process.stdout], [], [], patience)[0] or not process.stdout.readline():
+            raise HostError(f"{len(crowd)} idle clients are not all connected after {patience:.0f} s")
     if crowds:
         time.sleep(IDLE_SECONDS)
 
@@ -167,28 +170,34 @@ def _now() -> float:
 
 def main() -> None:
     """Be a crowd: keys on stdin, a line on stdout when all are up; until stdin ends."""
+    logging.getLogger("mptunnel").addHandler(logging.NullHandler())  # what a client says of its way up
+    gc.disable()
     request = json.loads(sys.stdin.readline())
     links, server = netlink.snapshot(), bytes.fromhex(request["server"])
     waiting = [bytes.fromhex(key) for key in request["keys"]]
     crowd: list[_Idler] = []
-    where: dict[int, tuple[_Idler, int]] = {}
+    due: list[float] = []  # of each, in the same order
+    where: dict[int, tuple[int, int]] = {}  # descriptor -> number in the crowd, path
     next_at, is_told = _now(), False
-    gc.disable()
     while True:
         if waiting and _now() >= next_at:
             crowd.append(_Idler(waiting.pop(), server, request["paths"], links))
-            where |= {fd: (crowd[-1], path) for fd, path in crowd[-1].sockets().items()}
-            next_at += _PACE
-        wake = min([each.due() for each in crowd] + ([next_at] if waiting else []))
-        ready, _, _ = select.select([0, *where], [], [], min(1.0, max(0.0, wake - _now())))
-        if 0 in ready:
+            where |= {fd: (len(crowd) - 1, path) for fd, path in crowd[-1].sockets().items()}
+            due.append(crowd[-1].due())
+            next_at = max(next_at + _PACE, _now())
+        wake = min([*due, next_at] if waiting else due)
+        ready, _, _ = select.select([_STDIN, *where], [], [], min(1.0, max(0.0, wake - _now())))
+        if _STDIN in ready:
             return
         now = _now()
+        busy = {which for which, at in enumerate(due) if at <= now}
         for fd in ready:
-            idler, path = where[fd]
-            idler.receive(path, now)
-        for each in crowd:
-            each.drain(now)
+            which, path = where[fd]
+            crowd[which].receive(path, now)
+            busy.add(which)
+        for which in busy:
+            crowd[which].drain(now)
+            due[which] = crowd[which].due()
         if not (is_told or waiting) and all(each.is_up for each in crowd):
             is_told = True
             sys.stdout.write("up\n")

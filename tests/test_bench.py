@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mptunnel import bench, cli, crowd, micro, packet
-from mptunnel.contest import CONTESTANTS, OpenVpn, WireguardGo
+from mptunnel.contest import CONTESTANTS, Contestant, Mptunnel, OpenVpn, WireguardGo
 from mptunnel.errors import HostError
 from mptunnel.figures import (
     FoundRate,
@@ -305,7 +305,57 @@ def test_the_exit_code_tells_of_a_failure() -> None:
     assert bench._has_failed({"soak": {"is_flat": False}})
 
 
+def test_a_busy_machine_is_waited_for_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = [90.0, 50.0, 3.0]
+    monkeypatch.setattr(bench, "busy_share", lambda: shares.pop(0))
+    assert bench.wait_quiet(60.0) == 3.0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    shares.append(90.0)
+    assert bench.wait_quiet(0.0) == 90.0
+
+
 # -- in a lab
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("kind", CONTESTANTS)
+def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Opener, tmp_path: Path) -> None:
+    if kind.missing():
+        pytest.skip(f"no {' and no '.join(kind.missing())} here")
+    lab = open_lab(direct=True)
+    contestant = kind(lab, tmp_path)
+    contestant.start()
+    field = bench._Field(lab, contestant, 0.0)
+    assert field.latency(0.1)["echo_p50_us"] > 0
+    told = field.transfer(1, 1, 0.2)
+    assert told["up"]["bytes"] > 0 < told["down"]["bytes"]
+    field.far.begin("count")
+    field.near.begin("emit", rate=1000, size=64, seconds=0.2)
+    assert field.near.finish()["sent"] == 200 == field.far.stop()["arrived"]
+    assert contestant.memory().keys() == contestant.processes.keys()
+    assert (contestant.processor_seconds() > 0) == bool(contestant.processes)
+    contestant.check()
+    for process in contestant.processes.values():
+        lab.end(process)
+        with pytest.raises(HostError, match="has ended"):
+            contestant.check()
+
+
+@pytest.mark.netns
+def test_a_crowd_connects_by_both_paths_and_stays(
+    open_lab: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowd, "IDLE_SECONDS", 0.0)
+    lab = open_lab(direct=True)
+    tickets = crowd.admit(tmp_path / "sv" / "state", 5)
+    contestant = Mptunnel(lab, tmp_path, "--network", str(crowd.NETWORK))
+    contestant.start()
+    crowd.gather(lab, tickets)
+    peers = {each["name"]: each for each in contestant.tunnel.status("sv")["peers"]}
+    idle = [peers[f"idle-{n}"] for n in range(5)]
+    assert {(each["state"], len(each["paths"])) for each in idle} == {("up", 2)}
 
 
 @pytest.mark.netns
