@@ -46,7 +46,7 @@ demo-tools:
 
 test-tools:
 	@sh tests/tools.sh ip:iproute2 nft:nftables shellcheck:shellcheck wg:wireguard-tools wireguard-go:wireguard-go \
-		tcpdump:tcpdump ping:iputils-ping
+		tcpdump:tcpdump ping:iputils-ping openvpn:openvpn openssl:openssl
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }

@@ -69,11 +69,13 @@ class Contestant:
 
     def processor_seconds(self) -> float:
         """Return what the processes of both ends have used so far, all their threads (proc(5), fields 14 and 15)."""
+        self.check()
         fields = [Path(f"/proc/{p.pid}/stat").read_text().rpartition(")")[2].split() for p in self.processes.values()]
         return sum(int(each[11]) + int(each[12]) for each in fields) / _TICKS
 
     def memory(self, which: str = "VmRSS") -> dict[str, int]:
         """Return the bytes of memory of each end, now; at its peak with "VmHWM"."""
+        self.check()
         found = {}
         for role, process in self.processes.items():
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
