@@ -24,7 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from mptunnel import __version__, crowd, micro
 from mptunnel.contest import CONTESTANTS, Contestant, Mptunnel
@@ -59,6 +59,7 @@ _SETTLE: Final = 0.5  # s after a tunnel is up: its MTU has been found by then
 _READY_SECONDS: Final = 10.0
 _MEMORY_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 0.5
+_LEAST_SAMPLES: Final = 6
 _QUIET: Final = 10.0  # percent of the processors
 
 METRICS: Final = (
@@ -76,7 +77,7 @@ METRICS: Final = (
     Metric("echo_lost", "echoes lost", "%"),
     Metric("memory_cl_mb", "memory, client, peak", "MB"),
     Metric("memory_sv_mb", "memory, server, peak", "MB"),
-    Metric("others", "processors in use before it began", "%"),
+    Metric("others", "used by other programs meanwhile", "%"),
 )
 _WITHOUT_RATIO: Final = frozenset({"echo_lost", "others"})
 _GROWTH: Final = {  # one TCP stream
@@ -86,7 +87,7 @@ _GROWTH: Final = {  # one TCP stream
     "cpu_down_s_per_gbit": "down s/Gbit",
     "memory_sv_mb": "server MB",
     "memory_idle_kb": "an idle client kB",
-    "others": "in use before %",
+    "others": "others %",
 }
 
 
@@ -190,9 +191,10 @@ def hold_contest(plan: Plan) -> dict[str, Any]:
         for kind in list(taking_part):
             _say(f"run {run + 1} of {plan.runs}: {kind.name}")
             try:
-                with _field(kind, plan.paths[0], plan) as field:
-                    found[kind.name]["runs"].append(field.measure(plan))
-                    found[kind.name]["limited"] = sorted({*found[kind.name]["limited"], *field.limited})
+                with Watch() as watch, _field(kind, plan.paths[0], plan) as field:
+                    figures = field.measure(plan)
+                found[kind.name]["runs"].append(figures | {"others": watch.others})
+                found[kind.name]["limited"] = sorted({*found[kind.name]["limited"], *field.limited})
             except HostError as error:
                 found[kind.name]["error"] = str(error).splitlines()[0]
                 taking_part.remove(kind)
@@ -221,11 +223,38 @@ def _field(kind: type[Contestant], paths: int, plan: Plan) -> Iterator[_Field]:
     """Open a lab, bring the contestant up in it, and end both."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
-        others = wait_quiet(plan.patience)
+        wait_quiet(plan.patience)
         lab = stack.enter_context(Lab(two_uplinks(paths, direct=True)))  # ends first, and with it who writes there
         contestant = kind(lab, places)
         contestant.start()
-        yield _Field(lab, contestant, others)
+        yield _Field(lab, contestant)
+
+
+class Watch:
+    """For the time of a `with`: the share of the processors that programs of others had, user mode only, in percent.
+
+    All user time of the machine (proc(5): stat) less that of this process and of the children it has waited for; that
+    a child's last tick is rounded can make it wrong by a little.
+    """
+
+    def __init__(self) -> None:
+        self.others = 0.0
+        self._begun = (0.0, 0.0)
+
+    def __enter__(self) -> Self:
+        self._begun = _user_seconds(), time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        used, spent = _user_seconds() - self._begun[0], time.monotonic() - self._begun[1]
+        self.others = max(0.0, 100 * used / max(spent, 1e-9) / (os.cpu_count() or 1))
+
+
+def _user_seconds() -> float:
+    """Return the time that all programs but ours have had so far, in user mode."""
+    user, nice = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:3])
+    ours = os.times()
+    return (user + nice) / os.sysconf("SC_CLK_TCK") - ours.user - ours.children_user
 
 
 def wait_quiet(patience: float) -> float:
@@ -252,15 +281,15 @@ def busy_share() -> float:
 class _Field:
     """A contestant that is up, and the load at both ends of its tunnel."""
 
-    def __init__(self, lab: Lab, contestant: Contestant, others: float) -> None:
-        self.lab, self.contestant, self.others = lab, contestant, others
+    def __init__(self, lab: Lab, contestant: Contestant) -> None:
+        self.lab, self.contestant = lab, contestant
         self.near, self.far = Generator(lab, "cl"), Generator(lab, "inet")
         self.limited: list[str] = []
         self._wait_ready()
 
     def measure(self, plan: Plan) -> Figures:
         """Return all figures that are asked for."""
-        figures: Figures = {"others": self.others}
+        figures: Figures = {}
         if "latency" in plan.only:
             figures |= self.latency(plan.seconds)
         if "throughput" in plan.only:
@@ -355,8 +384,9 @@ def grow_paths(plan: Plan) -> list[dict[str, Any]]:
     for run in range(plan.runs):
         for count in plan.paths:
             _say(f"run {run + 1} of {plan.runs}: {count} path{'s' * (count > 1)}")
-            with _field(Mptunnel, count, plan) as field:
-                runs[count].append(field.throughput(plan.seconds, (1,)) | field.memory() | {"others": field.others})
+            with Watch() as watch, _field(Mptunnel, count, plan) as field:
+                figures = field.throughput(plan.seconds, (1,)) | field.memory()
+            runs[count].append(figures | {"others": watch.others})
     return [{"count": count, "figures": medians(runs[count])} for count in plan.paths]
 
 
@@ -366,7 +396,9 @@ def grow_clients(plan: Plan) -> list[dict[str, Any]]:
     for run in range(plan.runs):
         for count in plan.clients:
             _say(f"run {run + 1} of {plan.runs}: one busy client of {count}")
-            runs[count].append(_one_of(count, plan))
+            with Watch() as watch:
+                figures = _one_of(count, plan)
+            runs[count].append(figures | {"others": watch.others})
     return [{"count": count, "figures": medians(runs[count])} for count in plan.clients]
 
 
@@ -374,7 +406,7 @@ def _one_of(count: int, plan: Plan) -> Figures:
     """Return the figures of one busy client among `count` connected ones."""
     with contextlib.ExitStack() as stack:
         places = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mptunnel-bench-")))
-        others = wait_quiet(plan.patience)
+        wait_quiet(plan.patience)
         lab = stack.enter_context(Lab(two_uplinks(plan.paths[0], direct=True)))
         tickets = crowd.admit(places / "sv" / "state", count - 1)
         contestant = Mptunnel(lab, places, "--network", str(crowd.NETWORK))
@@ -382,18 +414,19 @@ def _one_of(count: int, plan: Plan) -> Figures:
         alone = contestant.memory()["sv"]
         crowd.gather(lab, tickets)
         figures = {"memory_idle_kb": (contestant.memory()["sv"] - alone) / (count - 1) / 1e3} if count > 1 else {}
-        field = _Field(lab, contestant, others)
-        return figures | field.throughput(plan.seconds, (1,)) | field.memory() | {"others": others}
+        field = _Field(lab, contestant)
+        return figures | field.throughput(plan.seconds, (1,)) | field.memory()
 
 
 def soak(plan: Plan) -> dict[str, Any]:
     """Load the tunnel as heavily as goes, both ways at once, and look at its memory every 5 s."""
     samples: list[dict[str, float]] = []
+    step = min(SAMPLE_SECONDS, plan.soak / _LEAST_SAMPLES)
     received = {"up": 0, "down": 0}
     with _field(Mptunnel, plan.paths[0], plan) as field:
         begun = time.monotonic()
         while (spent := time.monotonic() - begun) < plan.soak:
-            told = field.transfer(SOAK_STREAMS, SOAK_STREAMS, min(SAMPLE_SECONDS, plan.soak - spent))
+            told = field.transfer(SOAK_STREAMS, SOAK_STREAMS, min(step, plan.soak - spent))
             held = field.contestant.memory()
             samples.append(
                 {"at": round(time.monotonic() - begun, 1), **{role: float(each) for role, each in held.items()}}

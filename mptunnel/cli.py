@@ -476,7 +476,7 @@ def _kinds(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 )
 @click.option("--quick", is_flag=True, help="A few seconds for each: rough figures.")
 @click.option("--micro", is_flag=True, help="A table of what seal, open, split and the like cost by themselves.")
-@click.option("--soak", type=click.FloatRange(1, 86400), metavar="SECONDS", help="Full load so long: is memory flat?")
+@click.option("--soak", type=click.FloatRange(5, 86400), metavar="SECONDS", help="Full load so long: is memory flat?")
 @click.option(
     "--json", "as_json", default="", metavar="FILE|-", help="All figures as JSON, too; -: only that, on stdout."
 )

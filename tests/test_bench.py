@@ -316,6 +316,29 @@ def test_a_busy_machine_is_waited_for_but_not_for_ever(
     assert bench.wait_quiet(0.0) == 90.0
 
 
+def test_what_others_use_is_told_apart_from_what_we_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    used = [50.0, 52.0]
+    monkeypatch.setattr(bench, "_user_seconds", lambda: used.pop(0))
+    with bench.Watch() as watch:
+        clock[0] += 10.0
+    assert watch.others == pytest.approx(100 * 2.0 / 10.0 / 4)
+
+
+def test_our_childrens_time_is_not_that_of_others() -> None:
+    def everybodys() -> float:
+        return sum(map(int, Path("/proc/stat").read_text().split()[1:3])) / os.sysconf("SC_CLK_TCK")
+
+    before = everybodys(), bench._user_seconds(), os.times().children_user
+    subprocess.run([sys.executable, "-c", "for _ in range(10 ** 7): pass"], check=True)
+    child = os.times().children_user - before[2]
+    others = bench._user_seconds() - before[1]
+    assert child > 0.1
+    assert everybodys() - before[0] - others > child - 0.05
+
+
 # -- in a lab
 
 
@@ -327,7 +350,7 @@ def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Ope
     lab = open_lab(direct=True)
     contestant = kind(lab, tmp_path)
     contestant.start()
-    field = bench._Field(lab, contestant, 0.0)
+    field = bench._Field(lab, contestant)
     assert field.latency(0.1)["echo_p50_us"] > 0
     told = field.transfer(1, 1, 0.2)
     assert told["up"]["bytes"] > 0 < told["down"]["bytes"]
