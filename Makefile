@@ -1,4 +1,5 @@
 # make demo    see it work: real packets, two uplinks that fail, nothing touched outside namespaces of its own
+# make bench   how fast it is on this machine, beside what else is installed; the same namespaces
 # make test    all tests
 # make check   format, lint, types, shell scripts, tests: what CI runs
 # make soak    the long forms of the slow proofs
@@ -8,10 +9,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint format soak clean demo-tools test-tools
+.PHONY: demo bench test check lint format soak clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel demo
+
+bench: demo-tools $(VENV)/.runs
+	@$(BIN)/mptunnel bench
 
 test: test-tools $(VENV)/.tests
 	$(PYTEST) -q
@@ -42,7 +46,7 @@ demo-tools:
 
 test-tools:
 	@sh tests/tools.sh ip:iproute2 nft:nftables shellcheck:shellcheck wg:wireguard-tools wireguard-go:wireguard-go \
-		tcpdump:tcpdump ping:iputils-ping
+		tcpdump:tcpdump ping:iputils-ping openvpn:openvpn openssl:openssl
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }

@@ -431,6 +431,66 @@ def demo(ctx: click.Context, *, live: bool | None) -> None:
     ctx.exit(program.main(live=sys.stdout.isatty() if live is None else live))
 
 
+def _counts(most: int) -> Callable[..., tuple[int, ...]]:
+    """Return what reads numbers with commas in between, each from 1 to `most`."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+        words = [] if value is None else value.split(",")
+        if any(not word.isascii() or not word.isdigit() or not 1 <= int(word) <= most for word in words):
+            raise click.BadParameter(f"{value!a}: numbers from 1 to {most} with commas in between", ctx, parameter)
+        return tuple(map(int, words))
+
+    return read
+
+
+def _kinds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Return the kinds of measurement that were asked for; all without any."""
+    kinds = ("throughput", "packet-rate", "latency", "memory")
+    words = kinds if value is None else tuple(value.split(","))
+    if unknown := [word for word in words if word not in kinds]:
+        raise click.BadParameter(f"{unknown[0]!a}: there are {', '.join(kinds)}", ctx, parameter)
+    return words
+
+
+@cli.command()
+@click.option(
+    "--paths",
+    default="2",
+    show_default=True,
+    callback=_counts(8),
+    metavar="N[,N...]",
+    help="Paths of mptunnel. Several: a table of how it grows.",
+)
+@click.option(
+    "--clients", callback=_counts(2000), metavar="N[,N...]", help="A table of one busy client among N connected ones."
+)
+@click.option(
+    "--only",
+    callback=_kinds,
+    metavar="KIND[,KIND...]",
+    help="Of throughput, packet-rate, latency and memory. [default: all]",
+)
+@click.option("--against/--alone", default=True, help="With what else is installed, or without. [default: with]")
+@click.option(
+    "--runs", type=click.IntRange(1, 99), default=1, show_default=True, help="Figures are medians of so many."
+)
+@click.option("--quick", is_flag=True, help="A few seconds for each: rough figures.")
+@click.option("--micro", is_flag=True, help="A table of what seal, open, split and the like cost by themselves.")
+@click.option("--soak", type=click.FloatRange(5, 86400), metavar="SECONDS", help="Full load so long: is memory flat?")
+@click.option(
+    "--json", "as_json", default="", metavar="FILE|-", help="All figures as JSON, too; -: only that, on stdout."
+)
+@click.pass_context
+def bench(ctx: click.Context, /, *, soak: float | None, as_json: str, **options: Any) -> None:
+    """Measure speed and cost on this machine.
+
+    Beside no tunnel, wireguard-go and OpenVPN where they are installed; in namespaces of their own, without root.
+    """
+    from mptunnel import bench as program  # noqa: PLC0415
+
+    ctx.exit(program.main(program.Plan(**options, soak=soak or 0.0, json=as_json)))
+
+
 @cli.command()
 @click.argument("device", required=False, metavar="[mptN]")
 @_places

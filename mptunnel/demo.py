@@ -92,29 +92,31 @@ class Tunnel:
     def __init__(self, lab: Lab, places: Path) -> None:
         self._lab, self._places = lab, places
         self._logs: dict[str, Path] = {}
+        self.processes: dict[str, subprocess.Popen[Any]] = {}
         self.paths = [word for path in lab.paths for word in ("-i", lab.client_address(path))]
 
-    def start(self) -> None:
-        """Start both and wait until every path is up. Raises `HostError` with the last words of the log."""
+    def start(self, *words: str) -> None:
+        """Start both, the server with these words more, and wait until every path is up.
+
+        Raises `HostError` with the last words of the log.
+        """
         token = self._places / "token"
         told = self._lab.run("sv", [*_MODULE, "token", "new", *self._directories("sv")])
         token.touch(mode=0o600)
         token.write_text(told.split()[-1] + "\n")
-        running = [
-            self._spawn("sv", "-s"),
-            self._spawn("cl", "-c", SERVER, *self.paths, "--dns", "keep", "--join", f"@{token}"),
-        ]
+        self._spawn("sv", "-s", *words)
+        self._spawn("cl", "-c", SERVER, *self.paths, "--dns", "keep", "--join", f"@{token}")
         end = time.monotonic() + _JOIN_SECONDS
         while not self._is_up():
-            if time.monotonic() > end or any(each.poll() is not None for each in running):
-                words = "; ".join(f"{role}: {self._last_words(role)}" for role in self._logs)
-                raise HostError(f"the tunnel did not come up; {words}")
+            if time.monotonic() > end or any(each.poll() is not None for each in self.processes.values()):
+                last = "; ".join(f"{role}: {self._last_words(role)}" for role in self._logs)
+                raise HostError(f"the tunnel did not come up; {last}")
             time.sleep(0.05)
 
-    def status(self) -> dict[str, Any]:
-        """Return the client's status object; {} while it does not answer."""
+    def status(self, role: str = "cl") -> dict[str, Any]:
+        """Return a status object, the client's unless told otherwise; {} while it does not answer."""
         try:
-            known: dict[str, Any] = control.ask(self._places / "cl" / "run" / "mpt0.sock", "status")
+            known: dict[str, Any] = control.ask(self._places / role / "run" / "mpt0.sock", "status")
         except MptunnelError:
             return {}
         return known
@@ -122,12 +124,17 @@ class Tunnel:
     def _is_up(self) -> bool:
         status = self.status()
         paths = status.get("paths", ())
-        return status.get("state") == "up" and len(paths) == len(UPLINKS) and all(p["state"] == "up" for p in paths)
+        return (
+            status.get("state") == "up"
+            and len(paths) == len(self._lab.paths)
+            and all(p["state"] == "up" for p in paths)
+        )
 
-    def _spawn(self, role: str, *arguments: str) -> subprocess.Popen[Any]:
+    def _spawn(self, role: str, *arguments: str) -> None:
         self._logs[role] = self._places / f"{role}.log"
+        command = [*_MODULE, *self._directories(role), *arguments]
         with self._logs[role].open("wb") as log:
-            return self._lab.spawn(role, [*_MODULE, *self._directories(role), *arguments], stdout=log, stderr=log)
+            self.processes[role] = self._lab.spawn(role, command, stdout=log, stderr=log)
 
     def _directories(self, role: str) -> list[str]:
         here = self._places / role

@@ -18,6 +18,9 @@ run with the same seed. `inet` also answers without the server, by the uplink al
         lab.flush_nat(1)                        # the server sees another port from now on
 
 Everything is gone after the `with`, and also when this process dies. Nothing outside the namespaces is touched.
+
+`two_uplinks(direct=True)` is for measuring speed: veth pairs in place of `==`, so that the kernel carries everything.
+The wires cannot be set then, and there is no way to `inet` but through `sv` (which forwards only if it is told to).
 """
 
 from __future__ import annotations
@@ -75,13 +78,20 @@ class Topology:
     seed: int = 1  # of all chance in the wires
     strict_rp_filter: bool = False  # rp_filter=1 at the client, else 2
     links_up: bool = True  # False: the client's links are down, without address and route
+    direct: bool = False  # veth pairs in place of the wires; IPv4 only
 
 
 def two_uplinks(
-    paths: int = 2, *, ipv6: bool = False, seed: int = 1, strict_rp_filter: bool = False, links_up: bool = True
+    paths: int = 2,
+    *,
+    ipv6: bool = False,
+    seed: int = 1,
+    strict_rp_filter: bool = False,
+    links_up: bool = True,
+    direct: bool = False,
 ) -> Topology:
     """Return the topology of this module's picture; `paths` may be 1 to 8."""
-    return Topology(paths, ipv6, seed, strict_rp_filter, links_up)
+    return Topology(paths, ipv6, seed, strict_rp_filter, links_up, direct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +264,7 @@ class Lab:
 
     def wire(self, name: str) -> Wire:
         """Return the wire of an uplink, by the name of the client's interface: p1, p2."""
-        if name not in {f"p{path}" for path in self.paths}:
+        if self.topology.direct or name not in {f"p{path}" for path in self.paths}:
             raise KeyError(name)
         return Wire(self, name)
 
@@ -318,6 +328,24 @@ class Lab:
     def _build(self) -> None:
         for role in ("cl", "sv", "inet"):
             self._prepare(role, forwards=False)
+        if self.topology.direct:
+            self._build_direct()
+        else:
+            self._build_wired()
+        for path in self.paths:
+            self._build_uplink(path)
+
+    def _build_direct(self) -> None:
+        """Server and target without wires; the server's address is on each uplink's veth."""
+        self.ip(
+            "sv",
+            f"link add out type veth peer name net0 netns {self._held().namespaces['inet']}",
+            *_up("out"),
+            "addr add 203.0.113.1/24 dev out",
+        )
+        self.ip("inet", *_up("net0"), f"addr add {TARGET}/24 dev net0", "route add default via 203.0.113.1")
+
+    def _build_wired(self) -> None:
         self.ip(
             "sv",
             f"link add out type veth peer name net0 netns {self._held().namespaces['inet']}",
@@ -335,8 +363,6 @@ class Lab:
             "route add 198.51.100.0/24 dev isp",
             *self._if_ipv6(f"addr add {TARGET6}/64 dev net0", "route add 2001:db8::/40 dev isp"),
         )
-        for path in self.paths:
-            self._build_uplink(path)
 
     def _prepare(self, role: str, *, forwards: bool) -> None:
         """Set what holds for the whole namespace, before its interfaces come."""
@@ -354,11 +380,19 @@ class Lab:
     def _build_uplink(self, path: int) -> None:
         router = f"r{path}"
         self._prepare(router, forwards=True)
+        if self.topology.direct:
+            self.ip(
+                "sv",
+                f"link add w{path} type veth peer name wan netns {self._held().namespaces[router]}",
+                *_up(f"w{path}"),
+                f"addr add {SERVER}/32 dev w{path}",
+                f"route add {self.public_address(path)}/32 dev w{path} src {SERVER}",
+            )
         self.ip(
             router,
             *_up("wan"),
             f"addr add {self.public_address(path)}/32 dev wan",
-            "route add default dev wan",
+            f"route add default via {SERVER} dev wan onlink" if self.topology.direct else "route add default dev wan",
             *self._if_ipv6("route add ::/0 dev wan"),
         )
         self.run(router, ["nft", "-f", "-"], given=_ROUTER_RULES)
@@ -418,6 +452,9 @@ def _start(topology: Topology, *, is_rootless: bool) -> _Holder:
 
 def _plan(topology: Topology) -> dict[str, Any]:
     numbers = range(1, topology.paths + 1)
+    roles = ["cl", "sv", "inet", *(f"r{n}" for n in numbers)]
+    if topology.direct:
+        return {"roles": roles, "ports": [], "seed": topology.seed}
     ports = [
         {"role": "sv", "name": "pub", "reach": [SERVER, "2001:db8:5::/64"], "wire": ""},
         {"role": "inet", "name": "isp", "reach": [TARGET, "2001:db8:113::/64"], "wire": ""},
@@ -431,7 +468,7 @@ def _plan(topology: Topology) -> dict[str, Any]:
         }
         for path in numbers
     ]
-    return {"roles": ["cl", "sv", "inet", *(f"r{n}" for n in numbers)], "ports": ports, "seed": topology.seed}
+    return {"roles": roles, "ports": ports, "seed": topology.seed}
 
 
 def _ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, Any]:

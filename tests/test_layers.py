@@ -24,13 +24,15 @@ CORE = [
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
 PROGRAM = [
-    "control state tun udp netlink worker wires options report",
+    "control state tun udp netlink worker wires options report figures micro",
     "host lab membership admin",
-    "loop traffic",
+    "loop traffic load crowd",
     "program",
     "story",
     "picture",
     "demo",
+    "contest",
+    "bench",
     "cli",
     "__main__",
 ]
