@@ -2,13 +2,14 @@
 # make test    all tests
 # make check   format, lint, types, shell scripts, tests: what CI runs
 # make soak    the long forms of the slow proofs
+# make check-plain   the end-to-end tests with every offload switched off
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint format soak clean demo-tools test-tools
+.PHONY: demo test check check-plain lint format soak clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel demo
@@ -32,6 +33,9 @@ format: $(VENV)/.tests
 
 soak: test-tools $(VENV)/.tests
 	$(PYTEST) -q -m slow --override-ini addopts="--strict-markers --strict-config -ra"
+
+check-plain: test-tools $(VENV)/.tests
+	MPTUNNEL_OFFLOAD=0 $(PYTEST) -q -m "netns and not slow"
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
