@@ -3,13 +3,14 @@
 # make test    all tests
 # make check   format, lint, types, shell scripts, tests: what CI runs
 # make soak    the long forms of the slow proofs
+# make check-plain   the end-to-end tests with every offload switched off
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo bench test check lint format soak clean demo-tools test-tools
+.PHONY: demo bench test check check-plain lint format soak clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel demo
@@ -36,6 +37,9 @@ format: $(VENV)/.tests
 
 soak: test-tools $(VENV)/.tests
 	$(PYTEST) -q -m slow --override-ini addopts="--strict-markers --strict-config -ra"
+
+check-plain: test-tools $(VENV)/.tests
+	MPTUNNEL_OFFLOAD=0 $(PYTEST) -q -m "netns and not slow"
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

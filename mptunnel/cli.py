@@ -214,7 +214,8 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:
     """Run a redundant multipath tunnel: every packet over every path, the first copy wins."""
-    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    said = {name: value for name, value in options.items() if value is not None and value != ()}
+    given = {name: value for name, value in said.items() if value is not False or name == "offload"}  # --no-offload
     labels = {parameter.name or "": _label(ctx, parameter) for parameter in ctx.command.params}
     if "verbose" in given and "quiet" in given:
         raise click.UsageError(f"{labels['verbose']} and {labels['quiet']} exclude each other", ctx)

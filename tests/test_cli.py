@@ -154,6 +154,19 @@ def test_command_line_beats_environment_beats_file(runs: Runs, tmp_path: Path, m
     assert (settings.port, settings.mtu, str(settings.network4)) == (6002, 1303, "10.1.0.0/24")
 
 
+def test_offload_is_on_unless_it_is_switched_off_in_any_of_three_ways(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mptunnel.toml"
+    file.write_text("offload = false\n")
+    for arguments in (["-s"], ["-s", "--no-offload"], ["-c", "host", "--no-offload"], ["-s", "--config", str(file)]):
+        assert cli.run(arguments) == 0
+    monkeypatch.setenv("MPTUNNEL_OFFLOAD", "0")
+    for arguments in (["-s"], ["-c", "host"], ["-s", "--offload"]):
+        assert cli.run(arguments) == 0
+    assert [settings.offload for settings in runs] == [True, False, False, False, False, False, True]
+
+
 def test_interfaces_in_the_environment_are_separated_by_spaces(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPTUNNEL_CLIENT", "host")
     monkeypatch.setenv("MPTUNNEL_INTERFACE", "wlan0 10.0.0.2")

@@ -1,0 +1,181 @@
+"""Under load: memory stays where it is, and a busy client costs the same whoever else is connected.
+
+Client and server are joined directly, without wires that would remember: what one sends the other has at once, in the
+runs in which sockets would give it.
+"""
+
+from __future__ import annotations
+
+import gc
+import struct
+import sys
+import tracemalloc
+from collections import Counter
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mptunnel.packet import GSO_TCPV4, NEEDS_CSUM, TCP, VNET, coalesce
+from mptunnel.session import WINDOW
+from tests.bookpeer import BookPeer
+from tests.running import note
+from tests.simnet import PSK, SERVER_PUBLIC, TARGET, TUNNEL4, Simnet, Wire, stranger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mptunnel.events import Endpoint
+    from mptunnel.packet import Buffer
+
+CLIENT = str(TUNNEL4[2])
+SEGMENTS, SIZE = 40, 100
+TURN = 2 * SEGMENTS  # packets of a turn, both ways
+TICK = 0.02  # s: the warm-up is longer than any span over which something is averaged
+
+
+def super_packet(source: str, target: str) -> memoryview:
+    """Return a frame that stands for a run of TCP segments."""
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 40 + SEGMENTS * SIZE, 7, 0x4000, 64, TCP, 0)
+    addresses = IPv4Address(source).packed + IPv4Address(target).packed
+    tcp = struct.pack(">HHIIBBHHH", 1234, 80, 5, 9, 0x50, 0x10, 500, 0, 0)
+    return memoryview(
+        VNET.pack(NEEDS_CSUM, GSO_TCPV4, 40, SIZE, 20, 16) + head + addresses + tcp + bytes(SEGMENTS * SIZE)
+    )
+
+
+UP, DOWN = super_packet(CLIENT, TARGET), super_packet(TARGET, CLIENT)
+
+
+class Pump:
+    """A busy client of two paths and a server with `others` connected besides."""
+
+    def __init__(self, others: int = 0) -> None:
+        self.net = Simnet(Wire(), Wire(delay=0.03))
+        self.net.run(3.0)
+        self.now = self.net.now
+        self.client, self.server = self.net.client, self.net.server
+        self._paths = {self.net.source(number): number for number in range(2)}
+        self._others: dict[Endpoint, BookPeer] = {}
+        for number in range(others):
+            self._connect(number)
+        self.net.log.clear()
+        self.idle(15.0)
+
+    def _connect(self, number: int) -> None:
+        other = BookPeer((number + 77).to_bytes(4, "big") * 8, SERVER_PUBLIC, PSK, endpoint=0, seed=number)
+        self.server.register.add(f"other{number}", other.key.public, PSK, self.now, stock=True)
+        self._others[stranger(number)] = other
+        self.now += TICK
+        other.initiate(self.now)
+        for _ in range(3):
+            for transmit in other.transmits():
+                data = memoryview(transmit.data)
+                self.server.receive(data, len(data), stranger(number), self.now, [])
+            self._carry([], [])
+        assert other.current is not None
+
+    def turn(self) -> None:
+        """Let a super-packet go each way; it comes out as one."""
+        self.now += TICK
+        up: list[Buffer] = []
+        down: list[Buffer] = []
+        self.client.send([UP], self.now, down)
+        self.server.send([DOWN], self.now)
+        self._carry(up, down)
+        for inbox in (up, down):
+            assert [count for _, count in coalesce(inbox, takes_udp=True)] == [SEGMENTS]
+
+    def turns(self, packets: int) -> None:
+        """Let so many packets go, half of them each way."""
+        for _ in range(packets // TURN):
+            self.turn()
+
+    def idle(self, seconds: float) -> None:
+        """Let time pass without packets."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.05
+            self._carry([], [])
+
+    def _carry(self, up: list[Buffer], down: list[Buffer]) -> None:
+        """Carry everything between them, and do what is due."""
+        net, now = self.net, self.now
+        net.now = now
+        for role in (self.client, self.server):
+            if role.next_deadline() <= now:
+                role.handle_timeout(now)
+        for _ in range(4):
+            for transmit in self.client.transmits():
+                source = net.source(transmit.to)
+                self.server.receive(memoryview(transmit.data), transmit.size, source, now, up)
+            self.server.finish_turn(now)
+            for transmit in self.server.transmits():
+                data = memoryview(transmit.data)
+                if (path := self._paths.get(transmit.to)) is not None:
+                    self.client.receive(data, transmit.size, path, now, down)
+                else:
+                    self._others[transmit.to].receive(data, len(data), 0, now, [])
+            self.client.finish_turn(now)
+        net._take_events(self.client.events(), "client")
+        net._take_events(self.server.events(), "server")
+
+
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """As the loop runs: without the cyclic garbage collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_four_hundred_thousand_packets_leave_memory_where_it_was() -> None:
+    pump = Pump()
+    pump.turns(2 * WINDOW + 20_000)  # half of them each way: every page of the replay windows has been touched
+    gc.collect()
+    before = resident()
+    pump.turns(50_000)
+    grown = resident() - before
+    tracemalloc.start()
+    try:
+        pump.turns(48_000)  # what had been allocated before is not missed when it is given back
+        before = tracemalloc.get_traced_memory()[0]
+        pump.turns(12_000)
+        traced = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    note(f"{grown} bytes more resident, {traced} bytes more allocated")
+    assert grown < 300_000  # an arena of the allocator's
+    assert traced < 5_000
+    assert gc.collect() == 0
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_hundred_clients_cost_a_busy_one_no_call_more() -> None:
+    alone, among = cost(Pump()), cost(Pump(others=99))
+    note(f"calls a packet: {alone:.2f} alone, {among:.2f} among a hundred")
+    assert among <= alone * 1.01
+
+
+def cost(pump: Pump, packets: int = 8000) -> float:
+    """Return the calls of functions, ours and built in, that a packet takes."""
+    calls: Counter[str] = Counter()
+
+    def count(_: Any, event: str, __: Any) -> None:
+        calls[event] += 1
+
+    pump.turn()
+    sys.setprofile(count)
+    try:
+        pump.turns(packets)
+    finally:
+        sys.setprofile(None)
+    return (calls["call"] + calls["c_call"]) / packets
