@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
-from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
+from mptunnel.history import Told
+from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability, decode_receipt_untrusted
 from mptunnel.packet import IPV4_HEADER, complete, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
@@ -124,7 +125,8 @@ class Peer:
         self.current: Session | None = None
         self.next: Session | None = None
         self.initiation: noise.Initiation | None = None
-        self.receipts = Receipts()
+        self.receipts = Receipts()  # of what comes in
+        self.told = Told()  # of what we send, by what the other end says
         self.is_multipath = False
         self.takes_partial = False  # it knows partial checksums, by its newest HELLO
         self.window = NARROW_WINDOW
@@ -260,6 +262,8 @@ class Peer:
         if path is not None and (new or opened.credited):
             longest = min(size, len(datagrams)) if new else 0  # a copy seen before proves no size
             path.received(new + opened.credited, len(datagrams), longest)
+            if opened.credited:
+                self.receipts.repeated(session, opened.low, opened.high, now, path.id)
         if not new:
             return False
         self._authenticated(session, source, now, out)
@@ -284,7 +288,7 @@ class Peer:
         if data:
             self.packets_received += len(data)
             self.data_at = now
-            self.receipts.arrived(session, data, now)
+            self.receipts.arrived(session, data, now, None if path is None else path.id)
             self.timers.data_received(now)
         for counter, plain in controls:
             try:
@@ -509,6 +513,10 @@ class Peer:
                 self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
                 self._settle_at(self.receipts.settle(self._paths_in_use(), now))
+                if self.is_multipath:
+                    self.timers.at_the_latest(Timer.RECEIPT, self.receipts.due(now))
+            case Timer.RECEIPT:
+                self._send_receipt(now, out)
             case _:
                 pass
 
@@ -527,6 +535,25 @@ class Peer:
             return
         for path, to, _ in self._choose(1, 32, now):
             self._send_control(b"", to, path, now, out)
+
+    def _send_receipt(self, now: float, out: list[Transmit]) -> None:
+        """Tell a peer of ours what has come in, by every path that lives."""
+        ways = self._receipt_ways(now) if self.is_multipath and self.current is not None else ()
+        if not ways:
+            return  # when something comes again, it is due again
+        plain, again = self.receipts.say(self._datagrams_received(), now)
+        for path, to in ways:
+            self._send_control(plain, to, path, now, out)
+        self.timers.at(Timer.RECEIPT, again)
+
+    def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
+        """Take a RECEIPT; return whether it is the newest."""
+        return self.told.take(decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
+
+    def begin_receipts_afresh(self, now: float) -> None:
+        """Show from now on what comes on top of what there is."""
+        self.receipts.begin_afresh(now)
+        self.told.begin_afresh()
 
     def _settle_at(self, when: float) -> None:
         self.timers.at(Timer.SETTLE, when)
@@ -555,6 +582,14 @@ class Peer:
     def path_at(self, source: Any) -> Path | None:
         """Return the path that is bound to `source`."""
         return None
+
+    def _receipt_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
+        """The paths that a RECEIPT goes by, and where to."""
+        return ()
+
+    def _datagrams_received(self) -> dict[int, tuple[int, int]]:
+        """How many datagrams were given to each path towards us, and how many of them it has lost."""
+        return {}
 
     def _paths_in_use(self) -> int:
         """A bit for each path that copies are expected on."""

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptunnel.gaps import INF
 from mptunnel.messages import MAX_PATHS
 from mptunnel.noise import SessionKeys
-from mptunnel.receipts import INF, SETTLE_AFTER, Receipts
+from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import WINDOW, Session
 
 MOD32 = 1 << 32
@@ -76,12 +77,12 @@ class Direction:
             if under.window.is_fresh(counter):
                 under.window.mark(counter, path)
                 if packets < 0:
-                    self.receipts.arrived(under, [counter], now)
+                    self.receipts.arrived(under, [counter], now, path)
                 else:
                     under.window.mark_control(counter)
-                    settle_at = min(settle_at, self.receipts.mark(under, counter, packets, now))
-            else:
-                under.window.credit_run(counter, 1, path)
+                    settle_at = min(settle_at, self.receipts.mark(under, counter, packets, now, path))
+            elif under.window.credit_run(counter, 1, path):
+                self.receipts.repeated(under, counter, counter, now, path)
             if packets < 0:
                 self.came.setdefault((under.serial, counter), []).append(path)
         self.now = until
@@ -199,9 +200,11 @@ def test_a_sender_that_has_begun_anew_gets_a_new_account_with_nothing_of_the_old
     direction.receive(direction.now + 0.1)
     old = direction.rekey()
     direction.receipts.restart()
-    assert direction.receipts.status() == {
-        "packets": 0, "received": 0, "saved": 0, "lost": 0, "longest_gap_ms": 0.0,
+    nothing = {
+        "packets": 0, "received": 0, "saved": 0, "lost": 0, "longest_gap_ms": 0.0, "outages_bridged": 0,
+        "bridged_s": 0.0,
     }  # fmt: skip
+    assert direction.receipts.status(direction.now) == {**nothing, "minute": nothing, "hour": nothing}
     direction.packets = 0
     direction.sealed.clear()
     direction.came.clear()
@@ -287,7 +290,7 @@ def test_silence_without_loss_is_no_gap_and_with_loss_it_is() -> None:
     direction.finish()
     assert direction.receipts.lost == 10
     assert direction.receipts.longest_gap == pytest.approx(0.5)
-    assert direction.receipts.status()["longest_gap_ms"] == pytest.approx(500)
+    assert direction.receipts.status(direction.now)["longest_gap_ms"] == pytest.approx(500)
 
 
 def test_a_loss_after_a_long_silence_does_not_make_that_a_gap() -> None:
