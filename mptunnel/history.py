@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt, decode_receipt_untrusted
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Order = tuple[int, int]
+    Views = list[tuple[str, Receipt]]
 
 STEPS: Final = 20
 MINUTE: Final = 60.0
@@ -65,7 +67,7 @@ class History:
         """Return what there is since the start, or since it was begun afresh."""
         return account if self._base is None else _difference(account, self._base, self._base_gaps)
 
-    def views(self, account: Receipt, now: float) -> list[tuple[str, Receipt]]:
+    def views(self, account: Receipt, now: float) -> Views:
         """Return the account of the last minute and of the last hour."""
         return [
             (name, _difference(account, ring.before(now) or account, ring.gaps(now)))
@@ -76,11 +78,12 @@ class History:
 class Told:
     """What the other end says of what it receives. `account` has its counts, which do not go round here."""
 
-    __slots__ = ("_last", "_order", "account", "history")
+    __slots__ = ("_last", "_order", "_taken_at", "account", "history")
 
     def __init__(self, order: Order = (-1, -1)) -> None:
         self._order = order  # session and counter of the newest
         self._last: Receipt | None = None
+        self._taken_at = 0.0
         self.account = Receipt()
         self.history = History()
 
@@ -93,7 +96,7 @@ class Told:
         """Take a RECEIPT; return whether it is newer than what was known."""
         if order <= self._order:
             return False
-        self._order = order
+        self._order, self._taken_at = order, now
         self.history.step(lambda: self.account, now)
         last, self._last = self._last, receipt
         if last is None:
@@ -112,11 +115,22 @@ class Told:
 
     def status(self, now: float) -> dict[str, Any] | None:
         """What `status` shows of it."""
-        return receipt_status(self.history, self.account, now) if self.is_known else None
+        return receipt_status(self.history.shown(self.account), self._views(now)) if self.is_known else None
 
     def path_status(self, path: int, now: float) -> dict[str, Any] | None:
         """What `status` shows of it and of one path."""
-        return path_status(self.history, self.account, path, now) if self.is_known else None
+        return path_status(self.history.shown(self.account), self._views(now), path) if self.is_known else None
+
+    def _views(self, now: float) -> Views:
+        """The last minute's gaps are those that the other end says, if they are newer than what was begun afresh."""
+        (name, minute), hour = self.history.views(self.account, now)
+        is_new = now - self._taken_at < MINUTE
+        records = tuple(
+            replace(each, gap=min(each.gap, path_receipt(self.account, each.path).recent if is_new else 0.0))
+            for each in minute.records
+        )
+        minute = replace(minute, gap=min(minute.gap, self.account.recent if is_new else 0.0), records=records)
+        return [(name, minute), hour]
 
     def _note_gap(self, way: int, gap: float, recent: float, last_gap: float, last_recent: float) -> None:
         new = max(gap if gap > last_gap else 0.0, recent if recent != last_recent else 0.0)
@@ -129,16 +143,14 @@ def path_receipt(receipt: Receipt, path: int) -> PathReceipt:
     return next((each for each in receipt.records if each.path == path), _NOTHING)
 
 
-def receipt_status(history: History, account: Receipt, now: float) -> dict[str, Any]:
+def receipt_status(shown: Receipt, views: Views) -> dict[str, Any]:
     """What `status` shows of one direction."""
-    views = {name: _direction(receipt) for name, receipt in history.views(account, now)}
-    return {**_direction(history.shown(account)), **views}
+    return {**_direction(shown), **{name: _direction(receipt) for name, receipt in views}}
 
 
-def path_status(history: History, account: Receipt, path: int, now: float) -> dict[str, Any]:
+def path_status(shown: Receipt, views: Views, path: int) -> dict[str, Any]:
     """What `status` shows of one direction and one path, as if there had been only this path."""
-    views = {name: _alone(receipt, path) for name, receipt in history.views(account, now)}
-    return {**_alone(history.shown(account), path), **views}
+    return {**_alone(shown, path), **{name: _alone(receipt, path) for name, receipt in views}}
 
 
 def _direction(receipt: Receipt) -> dict[str, Any]:

@@ -541,10 +541,10 @@ class Peer:
         ways = self._receipt_ways(now) if self.is_multipath and self.current is not None else ()
         if not ways:
             return  # when something comes again, it is due again
-        plain, again = self.receipts.say(self._datagrams_received(), now)
+        plain = self.receipts.say(self._datagrams_received(), now)
         for path, to in ways:
             self._send_control(plain, to, path, now, out)
-        self.timers.at(Timer.RECEIPT, again)
+        self.timers.at(Timer.RECEIPT, self.receipts.due(now))
 
     def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
         """Take a RECEIPT; return whether it is the newest."""

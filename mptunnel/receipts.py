@@ -9,7 +9,8 @@ data below it was sealed before, and two seconds later every copy that will stil
 * saved = packets that were delivered although at least one path in use did not deliver them,
 * first[path] = packets whose first copy came by this path.
 
-What arrives later than that is added when it comes. Which silences were gaps is in `gaps`.
+What comes for the first time later than that is added when it comes; a copy that does was missed. Which silences were
+gaps is in `gaps`.
 
 The sender is told of this account by a RECEIPT: at most one a second, and when nothing is added any more, the last
 one again after 1, 2 and 4 s. Its counts are since the account began, so what is lost of them costs nothing.
@@ -40,7 +41,7 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_in_use", "_marks", "_newest", "_pauses", "_quiet", "_said", "_said_at", "_sessions", "first",
+        "_count", "_in_use", "_marks", "_newest", "_quiet", "_repeats", "_said", "_said_at", "_sessions", "first",
         "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
@@ -53,7 +54,7 @@ class Receipts:
         self._in_use = 0
         self._said: tuple[int, ...] = ()  # the counts of the last RECEIPT
         self._said_at = -INF
-        self._pauses = 0
+        self._repeats = 0
         self.gaps = Gaps()
         self.history = History()
         self.packets = 0
@@ -80,6 +81,7 @@ class Receipts:
             late = sum(counter <= session.settled for counter in counters)
             self.received += late
             self.lost = max(0, self.lost - late)
+            self._count_late(late, path)
 
     def repeated(self, session: Session, low: int, high: int, now: float, path: int) -> None:
         """Copies of IP packets that others had brought before came by `path`, within these counters."""
@@ -155,17 +157,18 @@ class Receipts:
         )  # fmt: skip
 
     def due(self, now: float) -> float:
-        """Return when a RECEIPT is due because of what has been added since the last one."""
-        return max(now, self._said_at + PAUSES[0]) if self._counts() != self._said else INF
+        """Return when the next RECEIPT is due: there is something to add to the last one, or that is to be repeated."""
+        if self._counts() != self._said:
+            return max(now, self._said_at + PAUSES[0])
+        return max(now, self._said_at + PAUSES[self._repeats]) if self._repeats < len(PAUSES) else INF
 
-    def say(self, counted: Mapping[int, tuple[int, int]], now: float) -> tuple[bytes, float]:
-        """Return a RECEIPT's plaintext, and when the next one is due."""
+    def say(self, counted: Mapping[int, tuple[int, int]], now: float) -> bytes:
+        """Return a RECEIPT's plaintext, which is sent now."""
         counts = self._counts()
-        self._pauses = self._pauses + 1 if counts == self._said else 0
+        self._repeats = self._repeats + 1 if counts == self._said else 0
         self._said, self._said_at = counts, now
         self._note_gaps(now)
-        again = now + PAUSES[self._pauses] if self._pauses < len(PAUSES) else INF
-        return self.account(counted, now).encode(), again
+        return self.account(counted, now).encode()
 
     def begin_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""
@@ -173,11 +176,13 @@ class Receipts:
 
     def status(self, now: float) -> dict[str, Any]:
         """What `status` shows of it."""
-        return receipt_status(self.history, self.account(now=now), now)
+        account = self.account(now=now)
+        return receipt_status(self.history.shown(account), self.history.views(account, now))
 
     def path_status(self, path: int, now: float) -> dict[str, Any]:
         """What `status` shows of it and of one path."""
-        return path_status(self.history, self.account(now=now), path, now)
+        account = self.account(now=now)
+        return path_status(self.history.shown(account), self.history.views(account, now), path)
 
     def restart(self) -> None:
         """The sender counts from 0 again; what has come in so far belongs to the old account."""
@@ -192,8 +197,18 @@ class Receipts:
         self._sessions.pop(session.serial, None)
         self._marks = deque(mark for mark in self._marks if mark[1] is not session)
 
+    def _count_late(self, late: int, path: int | None) -> None:
+        """So many packets that were accounted for as lost have come after all, by `path` only."""
+        for other in range(MAX_PATHS):
+            if other == path:
+                self.first[other] += late
+            elif self._in_use >> other & 1:
+                self.missed[other] += late
+        if self._in_use & ~(0 if path is None else 1 << path):
+            self.saved += late
+
     def _counts(self) -> tuple[int, ...]:
-        return (self.packets, self.received, self.lost, self.saved)
+        return (self.packets, self.received, self.lost, self.saved, self._in_use)
 
     def _note_gaps(self, now: float) -> None:
         for number, way in enumerate(self.gaps.ways):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mptunnel.gaps import OUTAGE
-from tests.simnet import Simnet, Traffic, Wire
+from mptunnel.messages import Control
+from mptunnel.records import Fields
+from mptunnel.timers import Timer
+from tests.bookpeer import BookPeer
+from tests.simnet import CLIENT_PUBLIC, PSK, SERVER_KEY, Simnet, Traffic, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +22,6 @@ if TYPE_CHECKING:
 SIZE = 700  # of the data: no control message is of this size
 SHORT = 0.02  # s: silences up to this are none
 SIDES = ("up", "down")
-CLIENT = "10.0.1.2"
 Key = tuple[bytes, int]  # session and counter
 
 
@@ -238,3 +242,186 @@ def test_a_path_that_is_gone_for_a_while_loses_what_it_was_not_given() -> None:
         alone = said(net, side, "client")["paths"][0]
         assert alone["longest_gap_ms"] > 5000
         assert alone["missed"] > 490
+
+
+def test_what_comes_later_than_two_seconds_is_counted_when_it_comes() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 1].jitter = 4.0
+        count.weather[side, 0].loss = 0.3
+    speak(net, 8.0)
+    count.set(loss=0.0, jitter=0.0)
+    net.run(20.0)
+    for side in SIDES:
+        expected, got = count.account(side), said(net, side, "client")
+        assert (got["packets"], got["received"], got["lost"]) == (
+            expected["packets"], expected["received"], expected["lost"],
+        )  # fmt: skip
+        assert got["paths"][0]["missed"] == expected["paths"][0]["missed"]
+
+
+def test_silence_of_the_application_is_no_gap_even_if_much_is_lost_around_it() -> None:
+    net, count = started(0.02, 0.06)
+    for _ in range(4):
+        speak_through(net, count, 3.0, loss=0.3)
+        net.run(7.0)
+    expected = [path["longest_gap_ms"] for path in count.account("up")["paths"]]
+    assert max(expected) < 500
+    net.run(5.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            assert all(path["longest_gap_ms"] < 500 for path in said(net, side, at)["paths"])
+
+
+def test_what_is_lost_at_the_end_of_a_speech_costs_no_more_than_until_the_path_shows_life() -> None:
+    net, count = started(0.02, 0.06)
+    net.after(2.0, lambda: count.set(loss=1.0))
+    net.after(2.2, lambda: count.set(loss=0.0))
+    speak(net, 2.2)
+    net.run(7.0)
+    speak(net, 2.0)
+    net.run(6.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["lost"] == count.account(side)["lost"] > 15
+        assert 190 < got["longest_gap_ms"] < 1000
+        assert all(190 < path["longest_gap_ms"] < 1000 for path in got["paths"])
+
+
+@pytest.mark.parametrize("lost_on", [(0,), (0, 1)])
+def test_the_first_packet_after_an_hour_may_be_lost_without_an_hours_gap(lost_on: tuple[int, ...]) -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 2.0)
+    net.run(3600.0 - 12.0)
+    for side in SIDES:
+        for number in lost_on:
+            count.weather[side, number].cuts = [(net.now, net.now + 0.01)]
+    speak(net, 5.0)
+    net.run(6.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["lost"] == len(lost_on) - 1
+        assert got["longest_gap_ms"] < 30
+        assert all(path["longest_gap_ms"] < 300 for path in got["paths"])
+
+
+def test_a_path_that_is_still_silent_has_a_gap_that_grows() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 0].cuts = [(net.now + 1.0, net.now + 100.0)]
+    speak(net, 7.0)
+    for at in ("client", "server"):
+        for side in SIDES:
+            got = said(net, side, at)
+            assert 4_000 < got["paths"][0]["longest_gap_ms"] < 6_100
+            assert got["paths"][0]["minute"]["longest_gap_ms"] > 3_000
+            assert got["longest_gap_ms"] == got["paths"][1]["longest_gap_ms"] == 0
+
+
+def test_the_server_knows_exactly_what_is_lost_downwards() -> None:
+    net, count = started(0.02, 0.06, 0.3)
+    speak_through(net, count, 8.0, loss=0.3)
+    net.run(9.0)
+    for number, wire in enumerate(net.wires):
+        ours, theirs = net.peer.paths[number], net.guest.paths[number]
+        assert theirs.loss_down.lost == ours.loss_down.lost == wire.counts["lost_down"] > 100
+        assert ours.loss_up.lost == theirs.loss_up.lost == wire.counts["lost_up"] > 100
+    net.run(60.0)
+    assert all(path.loss_down.lost == net.peer.paths[path.id].loss_down.lost for path in net.guest.paths.values())
+
+
+def receipts_on(net: Simnet, side: str, since: float) -> list[float]:
+    return sorted({round(at, 6) for at in net.controls(side, Control.RECEIPT, since=since)})
+
+
+def test_a_receipt_is_said_once_a_second_and_the_last_one_three_times_more() -> None:
+    net, _ = started(0.02, 0.06)
+    since = net.now
+    speak(net, 10.0)
+    net.run(60.0)
+    for side in SIDES:
+        times = receipts_on(net, side, since)
+        pauses = [later - earlier for earlier, later in pairwise(times)]
+        assert min(pauses) >= 1.0 - 1e-6
+        assert pauses[-3:] == pytest.approx([1.0, 2.0, 4.0])
+        assert 12 <= len(times) <= 17
+        assert len(net.controls(side, Control.RECEIPT, since=since)) == 2 * len(times)  # by both paths
+
+
+def test_nobody_says_a_receipt_while_the_tunnel_is_idle() -> None:
+    net, _ = started(0.02, 0.06)
+    speak(net, 2.0)
+    net.run(30.0)
+    since = net.now
+    net.run(200.0)
+    assert receipts_on(net, "up", since) == receipts_on(net, "down", since) == []
+
+
+def test_the_last_figures_arrive_though_most_of_what_says_them_is_lost() -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 5.0)
+    net.run(0.5)
+    for weather in count.weather.values():
+        weather.cuts = [(net.now, net.now + 4.0)]
+    check(net, count)
+
+
+def test_a_stock_peer_is_never_told() -> None:
+    net = Simnet(Wire(), stock_server=BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK), said_hello=False)
+    net.run(20.0)
+    traffic = Traffic(net, 20.0)
+    traffic.start(10.0)
+    net.run(30.0)
+    assert net.peer.is_stock
+    assert not net.peer.timers.is_armed(Timer.RECEIPT)
+    assert net.client.status(net.now)["receipts"]["up"] is None
+
+
+def test_receipts_begun_afresh_at_one_end_go_on_at_the_other() -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 5.0, loss=0.3)
+    net.run(9.0)
+    net.client.control("receipts-reset", Fields({}, "receipts-reset"), net.now)
+    before = count.account("up")
+    speak(net, 3.0)
+    net.run(9.0)
+    for side in SIDES:
+        ours, theirs = said(net, side, "client"), said(net, side, "server")
+        assert (ours["packets"], ours["saved"], ours["lost"], ours["longest_gap_ms"]) == (300, 0, 0, 0)
+        assert [path["missed"] for path in ours["paths"]] == [0, 0]
+        assert theirs["packets"] == 800
+    assert said(net, "up", "server")["saved"] == before["saved"] > 0
+    net.server.control("receipts-reset", Fields({}, "receipts-reset"), net.now)
+    assert said(net, "up", "server")["packets"] == said(net, "down", "server")["packets"] == 0
+
+
+def test_the_last_minute_is_told_as_well() -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 10.0, loss=0.3)
+    speak(net, 100.0, rate=20.0)
+    for at in ("client", "server"):
+        for side in SIDES:
+            got = said(net, side, at)
+            assert got["minute"]["lost"] == got["minute"]["saved"] == got["minute"]["longest_gap_ms"] == 0
+            assert 1150 < got["minute"]["packets"] < 1300
+            assert got["hour"]["saved"] == got["saved"] > 300
+            assert [path["minute"]["missed"] for path in got["paths"]] == [0, 0]
+
+
+@pytest.mark.parametrize("who", ["server", "client"])
+def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 5.0, loss=0.3)
+    net.run(9.0)
+    if who == "server":
+        net.restart_server()
+    else:
+        net.restart_client()
+    net.run(3.0)
+    speak(net, 4.0)
+    net.run(9.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            got = said(net, side, at)
+            assert 380 <= got["packets"] <= 400, f"{at} {side}"
+            assert got["lost"] == 0
