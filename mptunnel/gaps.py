@@ -84,16 +84,16 @@ class Suspect:
 class Gaps:
     """All silences of one direction, as its receiver sees them."""
 
-    __slots__ = ("_in_use", "_is_idle", "_suspects", "ways")
+    __slots__ = ("_in_use", "_suspects", "is_idle", "ways")
 
     def __init__(self) -> None:
         self.ways = [*(Way(1 << path) for path in range(MAX_PATHS)), Way(0)]
         self._suspects: list[Suspect] = []
         self._in_use = 0
-        self._is_idle = True
+        self.is_idle = True
 
     def came(self, number: int, session: Session, low: int, high: int, now: float) -> None:
-        """Copies of IP packets came by a way, all within these counters."""
+        """Copies of IP packets, first or later ones, came by a way, all within these counters."""
         way = self.ways[number]
         silence = now - way.at
         if silence > way.patience:
@@ -107,12 +107,11 @@ class Gaps:
             way.high = high
 
     def woken(self, session: Session, low: int, now: float) -> None:
-        """IP packets came, `low` the first of them: if the tunnel was idle, every path in use owes them from now on."""
-        if self._is_idle:
-            self._is_idle = False
-            for way in self._in_use_ways():
-                if way.at == INF:
-                    way.begin(session, low - 1, now)
+        """The tunnel was idle, and IP packets came, `low` the first: every path in use owes them from now on."""
+        self.is_idle = False
+        for way in self.ways:
+            if way.bit & self._in_use and way.at == INF:
+                way.begin(session, low - 1, now)
 
     def quiet(self, session: Session, counter: int, path: int | None, now: float) -> None:
         """A mark under `counter` by `path` says: nothing was sealed for a while before it, and it is the newest."""
@@ -133,7 +132,7 @@ class Gaps:
 
     def idle(self) -> None:
         """The next mark is seconds away: from now on nobody knows when what comes was due."""
-        self._is_idle = True
+        self.is_idle = True
         for way in self.ways:
             if not way.owes:
                 way.at = INF
@@ -222,11 +221,8 @@ class Gaps:
         for way in self.ways[:MAX_PATHS]:
             if not way.bit & in_use:
                 way.at, way.owes = INF, False
-            elif not way.bit & before and way.at == INF and not self._is_idle:
+            elif not way.bit & before and way.at == INF and not self.is_idle:
                 way.begin(session, counter, since)
-
-    def _in_use_ways(self) -> list[Way]:
-        return [way for way in self.ways if way.bit & self._in_use]
 
 
 def _lacking(session: Session, bit: int, first: int, last: int) -> tuple[bool, bool]:

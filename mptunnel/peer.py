@@ -23,11 +23,11 @@ import logging
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import noise
+from mptunnel import messages, noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
 from mptunnel.history import Told
-from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability, decode_receipt_untrusted
+from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, complete, trim
 from mptunnel.receipts import Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Session, sealed_size
@@ -263,7 +263,7 @@ class Peer:
             longest = min(size, len(datagrams)) if new else 0  # a copy seen before proves no size
             path.received(new + opened.credited, len(datagrams), longest)
             if opened.credited:
-                self.receipts.repeated(session, opened.low, opened.high, now, path.id)
+                self.receipts.gaps.came(path.id, session, opened.low, opened.high, now)
         if not new:
             return False
         self._authenticated(session, source, now, out)
@@ -548,7 +548,7 @@ class Peer:
 
     def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
         """Take a RECEIPT; return whether it is the newest."""
-        return self.told.take(decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
+        return self.told.take(messages.decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
 
     def begin_receipts_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""

@@ -70,22 +70,20 @@ class Receipts:
         return self.gaps.ways[ALL].longest
 
     def arrived(self, session: Session, counters: list[int], now: float, path: int | None = None) -> None:
-        """IP packets came in under these counters, their first copies, by `path`."""
+        """IP packets came in under these counters, their first copies, by `path`; of later ones `gaps` is told."""
         lowest = min(counters)
-        self.gaps.woken(session, lowest, now)
-        self.gaps.came(ALL, session, lowest, counters[-1], now)
+        gaps = self.gaps
+        if gaps.is_idle:
+            gaps.woken(session, lowest, now)
+        gaps.came(ALL, session, lowest, counters[-1], now)
         if path is not None:
-            self.gaps.came(path, session, lowest, counters[-1], now)
+            gaps.came(path, session, lowest, counters[-1], now)
         self._sessions[session.serial] = session
         if lowest <= session.settled:
             late = sum(counter <= session.settled for counter in counters)
             self.received += late
             self.lost = max(0, self.lost - late)
             self._count_late(late, path)
-
-    def repeated(self, session: Session, low: int, high: int, now: float, path: int) -> None:
-        """Copies of IP packets that others had brought before came by `path`, within these counters."""
-        self.gaps.came(path, session, low, high, now)
 
     def mark(
         self,
