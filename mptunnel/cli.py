@@ -270,10 +270,11 @@ def _places(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("-t", "--tun", metavar="mptN", help="Only this instance. Without: all that run.")
 @click.option("--json", "as_json", is_flag=True, help="The whole status, as JSON.")
 @click.option("--exit-code", is_flag=True, help="Leave with 4 where not every path works.")
+@click.option("--reset", is_flag=True, help="Then begin the receipts afresh, for whoever looks at this end.")
 @_places
 @click.pass_context
 def status(
-    ctx: click.Context, tun: str | None, *, as_json: bool, exit_code: bool, state_dir: Path, run_dir: Path
+    ctx: click.Context, tun: str | None, *, as_json: bool, exit_code: bool, reset: bool, state_dir: Path, run_dir: Path
 ) -> None:
     """Show paths and what redundancy saved."""
     from mptunnel import control, report  # noqa: PLC0415
@@ -290,6 +291,9 @@ def status(
     found = [control.ask(path, "status") for path in sockets]
     texts = [_json(one) if as_json else report.status_text(one) for one in found]
     click.echo(("\n" if as_json else "\n\n").join(texts))
+    if reset:
+        for path in sockets:
+            control.ask(path, "receipts-reset")
     if exit_code and any(map(report.is_degraded, found)):
         ctx.exit(DEGRADED)
 

@@ -569,9 +569,13 @@ class Client(Role):
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Answer the command line. Raises ConfigError."""
-        if verb != "status":
-            raise ConfigError(f"a client cannot be asked for {verb!a}; run that on the server")
-        return Reply(self.status(now))
+        match verb:
+            case "status":
+                return Reply(self.status(now))
+            case "receipts-reset":
+                self._peer.begin_receipts_afresh(now)
+                return Reply(None)
+        raise ConfigError(f"a client cannot be asked for {verb!a}; run that on the server")
 
     def status(self, now: float) -> dict[str, Any]:
         """The status object, format 1."""
@@ -597,7 +601,7 @@ class Client(Role):
                 "mtu": self._tunnel_mtu,
             },
             "traffic": {"up": peer.sent(), "down": peer.received()},
-            "receipts": {"up": None, "down": peer.receipts.status()},
+            "receipts": {"up": peer.told.status(now), "down": peer.receipts.status(now)},
             "paths": [self._path_status(path, first, now) for path in self.paths.values()],
             "drops": dict(self.drops),
         }
@@ -614,6 +618,10 @@ class Client(Role):
             "first": receipts.first[path.id],
             "first_share": receipts.first[path.id] / first if first else None,
             "missed": receipts.missed[path.id],
+            "alone": {
+                "up": self._peer.told.path_status(path.id, now),
+                "down": receipts.path_status(path.id, now),
+            },
             "mtu": path.carries or None,
         }
 

@@ -15,6 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
+from mptunnel.history import Told
 from mptunnel.messages import (
     PROTOCOL_VERSION,
     WHOLE_SESSION,
@@ -145,7 +146,15 @@ class ClientPeer(Peer):
     def _paths_in_use(self) -> int:
         if not self.is_multipath:
             return 0
+        if self.told.is_known:
+            return self.told.account.paths  # it knows its paths, also those that cannot be heard of
         return sum(1 << path.id for path in self._bound.values() if path.use is Use.DATA)
+
+    def _receipt_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
+        return [(path, path.endpoint) for path in self._bound.values() if path.update(now) is PathState.FRESH]
+
+    def _datagrams_received(self) -> dict[int, tuple[int, int]]:
+        return {path.id: (path.loss_up.sent, path.loss_up.lost) for path in self.paths.values()}
 
     def _allows(self, source: bytes) -> bool:
         return source in self._allowed
@@ -199,6 +208,11 @@ class ClientPeer(Peer):
                 self._response_to_challenge(messages.decode_challenge_untrusted(body), source, now, out)
             case Control.CLOSE:
                 self._closed(session, messages.decode_close_untrusted(body))
+            case Control.RECEIPT:
+                if self._receipt_received(session, counter, plain, now):
+                    for each in self.told.account.records:
+                        if each.path in self.paths:
+                            self.paths[each.path].receipt_received(each.given, each.lost, now)
             case _:
                 self.identity.drops["unknown control message"] += 1
 
@@ -216,6 +230,7 @@ class ClientPeer(Peer):
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts.restart()
+            self.told = Told((session.serial - 1, 0))  # what the old one said last may still come
             if not is_compatible:
                 log.error(
                     "%s speaks version %d to %d of our control messages, we speak %d: one path only; "
@@ -253,7 +268,15 @@ class ClientPeer(Peer):
             other = self.paths.get(record.path)
             if other is not None and other is not path:
                 other.reported_by_another(record, now)
-        self.timers.at_the_latest(Timer.SETTLE, self.receipts.mark(session, counter, probe.packets, now))
+        settle_at = self.receipts.mark(
+            session,
+            counter,
+            probe.packets,
+            now,
+            probe.path if path.endpoint == source else None,
+            probe.interval_ms / 1e3,
+        )
+        self.timers.at_the_latest(Timer.SETTLE, settle_at)
         if path.endpoint != source:
             self._challenge(path, probe, source, now, out)
             return
@@ -384,7 +407,7 @@ class ClientPeer(Peer):
             "endpoint": None if self.endpoint is None else str(self.endpoint),
             "mtu": self.tunnel_mtu or None,
             "traffic": {"up": self.received(), "down": self.sent()},
-            "receipts": {"up": self.receipts.status(), "down": None},
+            "receipts": {"up": self.receipts.status(now), "down": self.told.status(now)},
             "paths": [self._path_status(path, now) for path in self.paths.values()],
         }
 
@@ -397,6 +420,7 @@ class ClientPeer(Peer):
             "first": self.receipts.first[path.id],
             "first_share": self.receipts.first[path.id] / first if first else None,
             "missed": self.receipts.missed[path.id],
+            "alone": {"up": self.receipts.path_status(path.id, now), "down": self.told.path_status(path.id, now)},
         }
 
 

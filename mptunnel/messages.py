@@ -56,6 +56,8 @@ _ADDRESS = struct.Struct(
 _ENROL = struct.Struct("<BBBBI32s32s")  # type flags length version 0 public_key name
 _ENROLLED = struct.Struct("<BBHI32s32s")  # type result 0 0 public_key psk
 _CLOSE = struct.Struct("<BBBBI")  # type path reason 0 incarnation
+_RECEIPT = struct.Struct("<BBBBIIIIII")  # type paths flags n packets received lost saved gap recent
+_PATH_RECEIPT = struct.Struct("<BBHIIIIIII")  # path 0 bridged given lost first missed gap recent bridged_ms
 
 
 class Control(enum.IntEnum):
@@ -71,6 +73,7 @@ class Control(enum.IntEnum):
     ENROL = 0x08
     ENROLLED = 0x09
     CLOSE = 0x0A
+    RECEIPT = 0x0B
 
 
 class Use(enum.IntEnum):
@@ -118,6 +121,7 @@ ECHO_UNASKED: Final = 1  # flag bit 0
 HELLO_ANSWER: Final = 1  # flag bit 0
 ADDRESS_IPV4_ONWARD: Final = 1
 ADDRESS_IPV6_ONWARD: Final = 2
+GAP_UNITS: Final = 10_000  # a second, in the unit of a RECEIPT's gaps; the longest that can be said is 119 hours
 NO_NEWS: Final = 0xFFFF  # a record's age when it is 65,535 ms or longer
 
 
@@ -454,6 +458,78 @@ def decode_close_untrusted(body: memoryview) -> Close:
     return Close(path, reason, incarnation)
 
 
+@dataclass(frozen=True, slots=True)
+class PathReceipt:
+    """One path's part of a RECEIPT: what it brought, what it cost, and what it alone would have meant.
+
+    `given` and `lost` are type 4 datagrams by the counts of both ends, `first` and `missed` IP packets: those that it
+    brought first, and those that only others brought. `gap` is its longest silence in which packets were due, `recent`
+    the longest of the last minute (s); `bridged` counts those that other paths bridged, `bridged_ms` is how long they
+    were together.
+    """
+
+    path: int
+    given: int = 0
+    lost: int = 0
+    first: int = 0
+    missed: int = 0
+    gap: float = 0.0
+    recent: float = 0.0
+    bridged: int = 0
+    bridged_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The receiver's account of one direction since it has known the sender's `instance`; counts are modulo 2^32.
+
+    `paths` has a bit for each path that copies are expected on; gaps are in s.
+    """
+
+    packets: int = 0
+    received: int = 0
+    lost: int = 0
+    saved: int = 0
+    gap: float = 0.0
+    recent: float = 0.0
+    paths: int = 0
+    records: tuple[PathReceipt, ...] = ()
+
+    def encode(self) -> bytes:
+        """Return the plaintext: at most 288 bytes."""
+        return _padded(
+            _RECEIPT.pack(
+                Control.RECEIPT,
+                self.paths,
+                0,
+                len(self.records),
+                self.packets % _MOD32,
+                self.received % _MOD32,
+                self.lost % _MOD32,
+                self.saved % _MOD32,
+                _gap_units(self.gap),
+                _gap_units(self.recent),
+            )
+            + b"".join(map(_encode_path_receipt, self.records))
+        )
+
+
+def decode_receipt_untrusted(body: memoryview) -> Receipt:
+    """Parse a RECEIPT. Raises BadPacketError on malformed input, and nothing else."""
+    _need(body, _RECEIPT.size, "receipt")
+    _, paths, _, n, packets, received, lost, saved, gap, recent = _RECEIPT.unpack_from(body)
+    _need(body, _RECEIPT.size + n * _PATH_RECEIPT.size, "receipt")
+    records = []
+    for number in range(n):
+        path, _, bridged, given, path_lost, first, missed, path_gap, path_recent, bridged_ms = (
+            _PATH_RECEIPT.unpack_from(body, _RECEIPT.size + number * _PATH_RECEIPT.size)
+        )
+        if path < MAX_PATHS:
+            gaps = (path_gap / GAP_UNITS, path_recent / GAP_UNITS)
+            records.append(PathReceipt(path, given, path_lost, first, missed, *gaps, bridged, bridged_ms))
+    return Receipt(packets, received, lost, saved, gap / GAP_UNITS, recent / GAP_UNITS, paths, tuple(records))
+
+
 def pack_address(address: IPv4Address | IPv6Address) -> bytes:
     """Return the 16 bytes of an address; IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
     return address.packed if isinstance(address, IPv6Address) else b"\0" * 10 + b"\xff\xff" + address.packed
@@ -492,6 +568,25 @@ def _decode_records(body: memoryview, at: int, n: int) -> tuple[Record, ...]:
     _need(body, at + n * _RECORD.size, "message with records")
     found = (_RECORD.unpack_from(body, at + i * _RECORD.size) for i in range(n))
     return tuple(Record(path, age, newest) for path, _, age, newest in found if path < MAX_PATHS)
+
+
+def _gap_units(gap: float) -> int:
+    return min(round(gap * GAP_UNITS), _MOD32 - 1)
+
+
+def _encode_path_receipt(of: PathReceipt) -> bytes:
+    return _PATH_RECEIPT.pack(
+        of.path,
+        0,
+        of.bridged % (1 << 16),
+        of.given % _MOD32,
+        of.lost % _MOD32,
+        of.first % _MOD32,
+        of.missed % _MOD32,
+        _gap_units(of.gap),
+        _gap_units(of.recent),
+        of.bridged_ms % _MOD32,
+    )
 
 
 def _packed(address: IPv4Address | IPv6Address | None, size: int) -> bytes:

@@ -87,7 +87,7 @@ class Allowance:
 
 
 class LossMeter:
-    """Differences of a sender's count and our count, in total and over the last seconds."""
+    """Differences of a sender's count and a receiver's, in total and over the last seconds."""
 
     __slots__ = ("_last", "_recent", "lost", "sent")
 
@@ -119,9 +119,14 @@ class LossMeter:
             return  # the receiver has begun anew
         self.sent += more_sent
         self.lost += more_sent - more_received
-        self._recent.append((now, self.sent, self.lost))
-        while self._recent[0][0] < now - LOSS_SPAN:
-            self._recent.popleft()
+        self._add(now)
+
+    def told(self, sent: int, lost: int, now: float) -> None:
+        """The receiver says what its own meter of this has counted in total."""
+        if sent < self.sent:
+            self._recent.clear()  # it has begun anew
+        self.sent, self.lost = sent, lost
+        self._add(now)
 
     def recent(self) -> float | None:
         """Loss over the last seconds, 0 to 1; None if nothing was sent."""
@@ -130,6 +135,11 @@ class LossMeter:
         _, sent_0, lost_0 = self._recent[0]
         _, sent, lost = self._recent[-1]
         return min(1.0, max(0.0, (lost - lost_0) / (sent - sent_0))) if sent > sent_0 else None
+
+    def _add(self, now: float) -> None:
+        self._recent.append((now, self.sent, self.lost))
+        while self._recent[0][0] < now - LOSS_SPAN:
+            self._recent.popleft()
 
 
 class Path:
@@ -387,7 +397,7 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "number",
+        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "is_told", "number",
         "refreshed_at", "reported", "seq", "unasked_at", "use",
     )  # fmt: skip
 
@@ -407,6 +417,7 @@ class ServerPath(Path):
         self.unasked_at = _INF
         self.use = Use.DATA
         self._tx_at: deque[tuple[int, int]] = deque(maxlen=64)  # our `tx` at the newest ECHOs
+        self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
 
     @property
     def takes_anything(self) -> bool:
@@ -453,9 +464,10 @@ class ServerPath(Path):
             self.loss_down.restart()
             self._tx_at.clear()
         self.loss_up.count(probe.tx, self.rx, now)
-        for number, tx in self._tx_at:
-            if number == probe.echoed:
-                self.loss_down.count(tx, probe.rx, now)
+        if not self.is_told:
+            for number, tx in self._tx_at:
+                if number == probe.echoed:
+                    self.loss_down.count(tx, probe.rx, now)
         self.reported = max(self.reported, min(probe.echoed, self.number))
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
@@ -463,6 +475,11 @@ class ServerPath(Path):
         self.rtt = min(probe.rtt_us / 1e6, MAX_RTT) or None
         self._heard = now
         self.refresh(now)
+
+    def receipt_received(self, given: int, lost: int, now: float) -> None:
+        """The client says how many datagrams we gave to this path, and how many of them it has lost."""
+        self.is_told = True
+        self.loss_down.told(given, lost, now)
 
     def next_number(self) -> int:
         """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""

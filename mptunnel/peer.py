@@ -23,9 +23,10 @@ import logging
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import noise
+from mptunnel import messages, noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Transmit
+from mptunnel.history import Told
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
@@ -137,7 +138,8 @@ class Peer:
         self.current: Session | None = None
         self.next: Session | None = None
         self.initiation: noise.Initiation | None = None
-        self.receipts = Receipts()
+        self.receipts = Receipts()  # of what comes in
+        self.told = Told()  # of what we send, by what the other end says
         self.is_multipath = False
         self.takes_partial = False  # it knows partial checksums, by its newest HELLO
         self.window = NARROW_WINDOW
@@ -294,6 +296,8 @@ class Peer:
         if path is not None and (new or opened.credited):
             longest = min(size, len(datagrams)) if new else 0  # a copy seen before proves no size
             path.received(new + opened.credited, len(datagrams), longest)
+            if opened.credited:
+                self.receipts.gaps.came(path.id, session, opened.low, opened.high, now)
         if not new:
             return False
         self._authenticated(session, source, now, out)
@@ -308,7 +312,7 @@ class Peer:
                 if plain:
                     controls.append((counter, plain))
         if data:
-            self._data_received(session, data, now)
+            self._data_received(session, data, path, now)
         for counter, plain in controls:
             self._take_control(session, counter, plain, source, now, out)
         return True
@@ -318,31 +322,32 @@ class Peer:
     ) -> bool:
         """Take a datagram that came alone: what `receive` does, without what is only worth its while for many."""
         path, drops = self.path_at(source), self.identity.drops
+        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
         plain = session.open_one(datagram, None if path is None else path.id, now)
         if isinstance(plain, Refused):
             if plain is Refused.CREDITED and path is not None:
                 path.received(1, len(datagram), 0)  # a copy seen before proves no size
+                self.receipts.gaps.came(path.id, session, counter, counter, now)
             drops[_DROPS[plain]] += 1
             return False
         if path is not None:
             path.received(1, len(datagram), len(datagram))
         self._authenticated(session, source, now, out)
-        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
         if len(plain) and plain[0] >= LOWEST_PACKET:
             data: list[int] = []
             self._take_packet(plain, counter, data, inbox)
             if data:
-                self._data_received(session, data, now)
+                self._data_received(session, data, path, now)
             return True
         session.window.mark_control(counter)
         if plain:
             self._take_control(session, counter, plain, source, now, out)
         return True
 
-    def _data_received(self, session: Session, counters: list[int], now: float) -> None:
+    def _data_received(self, session: Session, counters: list[int], path: Path | None, now: float) -> None:
         self.packets_received += len(counters)
         self.data_at = now
-        self.receipts.arrived(session, counters, now)
+        self.receipts.arrived(session, counters, now, None if path is None else path.id)
         self.timers.data_received(now)
 
     def _take_control(
@@ -597,6 +602,10 @@ class Peer:
                 self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
                 self._settle_at(self.receipts.settle(self._paths_in_use(), now))
+                if self.is_multipath:
+                    self.timers.at_the_latest(Timer.RECEIPT, self.receipts.due(now))
+            case Timer.RECEIPT:
+                self._send_receipt(now, out)
             case _:
                 pass
 
@@ -615,6 +624,25 @@ class Peer:
             return
         for path, to, _ in self._choose(1, 32, now):
             self._send_control(b"", to, path, now, out)
+
+    def _send_receipt(self, now: float, out: list[Transmit]) -> None:
+        """Tell a peer of ours what has come in, by every path that lives."""
+        ways = self._receipt_ways(now) if self.is_multipath and self.current is not None else ()
+        if not ways:
+            return  # when something comes again, it is due again
+        plain = self.receipts.say(self._datagrams_received(), now)
+        for path, to in ways:
+            self._send_control(plain, to, path, now, out)
+        self.timers.at(Timer.RECEIPT, self.receipts.due(now))
+
+    def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
+        """Take a RECEIPT; return whether it is the newest."""
+        return self.told.take(messages.decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
+
+    def begin_receipts_afresh(self, now: float) -> None:
+        """Show from now on what comes on top of what there is."""
+        self.receipts.begin_afresh(now)
+        self.told.begin_afresh()
 
     def _settle_at(self, when: float) -> None:
         self.timers.at(Timer.SETTLE, when)
@@ -643,6 +671,14 @@ class Peer:
     def path_at(self, source: Any) -> Path | None:
         """Return the path that is bound to `source`."""
         return None
+
+    def _receipt_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
+        """The paths that a RECEIPT goes by, and where to."""
+        return ()
+
+    def _datagrams_received(self) -> dict[int, tuple[int, int]]:
+        """How many datagrams were given to each path towards us, and how many of them it has lost."""
+        return {}
 
     def _paths_in_use(self) -> int:
         """A bit for each path that copies are expected on."""

@@ -9,91 +9,115 @@ data below it was sealed before, and two seconds later every copy that will stil
 * saved = packets that were delivered although at least one path in use did not deliver them,
 * first[path] = packets whose first copy came by this path.
 
-What arrives later than that is added when it comes. A gap is a silence in which a counter is missing for good while
-packets were lost; it begins at an arrival, or at a mark that says that nothing was sealed since the mark before it.
-Silence of the application is no gap.
+What comes for the first time later than that is added when it comes; a copy that does was missed. Which silences were
+gaps is in `gaps`.
+
+The sender is told of this account by a RECEIPT: at most one a second, and when nothing is added any more, the last
+one again after 1, 2 and 4 s. Its counts are since the account began, so what is lost of them costs nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel.messages import MAX_PATHS
-from mptunnel.session import FIRST_PATH, NO_PATH, WINDOW
+from mptunnel.gaps import ALL, INF, IS_DATA, Gaps
+from mptunnel.history import History, path_status, receipt_status
+from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt
+from mptunnel.session import FIRST_PATH, WINDOW
 
 if TYPE_CHECKING:
-    from mptunnel.session import Session
+    from collections.abc import Mapping
 
-    Gap = tuple[float, Session, int, int]  # how long, and between which counters of a session
+    from mptunnel.session import Session
 
 SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
-INF: Final = float("inf")
-_GAP: Final = 0.02  # s: shorter silences are not worth a look
-_MAX_GAPS: Final = 8  # of those between two marks, the longest
-
-_IS_DATA = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
+IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
+PAUSES: Final = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
 
 
 class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_gaps", "_last", "_last_at", "_marks", "_newest", "_said", "_sessions", "first", "longest_gap",
-        "lost", "missed", "packets", "received", "saved",
+        "_count", "_in_use", "_marks", "_newest", "_quiet", "_repeats", "_said", "_said_at", "_sessions", "first",
+        "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, Session, int, int, list[Gap]]] = deque()
+        self._marks: deque[tuple[float, Session, int, int]] = deque()
         self._newest = (-1, -1)  # session and counter of the last mark
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
-        self._said: int | None = None  # the sender's count at the last mark
-        self._last_at = -INF  # since when nothing has come
-        self._last = (-1, -1)  # session and highest counter at that time
-        self._gaps: list[Gap] = []  # since the last mark
+        self._quiet: dict[int | None, int] = {}  # the sender's count at the last mark of each path
+        self._in_use = 0
+        self._said: tuple[int, ...] = ()  # the counts of the last RECEIPT
+        self._said_at = -INF
+        self._repeats = 0
+        self.gaps = Gaps()
+        self.history = History()
         self.packets = 0
         self.received = 0
         self.lost = 0
         self.saved = 0
-        self.longest_gap = 0.0
         self.first = [0] * MAX_PATHS
         self.missed = [0] * MAX_PATHS
 
-    def arrived(self, session: Session, counters: list[int], now: float) -> None:
-        """IP packets came in under these counters."""
-        silence, lowest = now - self._last_at, min(counters)
-        if _GAP < silence < INF:
-            after = self._last[1] if self._last[0] == session.serial else -1
-            self._gaps.append((silence, session, after, lowest))
-            if len(self._gaps) > _MAX_GAPS:
-                self._gaps.remove(min(self._gaps, key=_silence))
-        self._last_at, self._last = now, (session.serial, session.window.top)
+    @property
+    def longest_gap(self) -> float:
+        """The longest time in which nothing came although packets were lost, in s."""
+        return self.gaps.ways[ALL].longest
+
+    def arrived(self, session: Session, counters: list[int], now: float, path: int | None = None) -> None:
+        """IP packets came in under these counters, their first copies, by `path`; of later ones `gaps` is told."""
+        lowest = min(counters)
+        gaps = self.gaps
+        if gaps.is_idle:
+            gaps.woken(session, lowest, now)
+        gaps.came(ALL, session, lowest, counters[-1], now)
+        if path is not None:
+            gaps.came(path, session, lowest, counters[-1], now)
         self._sessions[session.serial] = session
         if lowest <= session.settled:
             late = sum(counter <= session.settled for counter in counters)
             self.received += late
             self.lost = max(0, self.lost - late)
+            self._count_late(late, path)
 
-    def mark(self, session: Session, counter: int, packets: int, now: float) -> float:
-        """The sender has sealed `packets` (modulo 2^32) before `counter`; return when `settle` should be called."""
+    def mark(
+        self,
+        session: Session,
+        counter: int,
+        packets: int,
+        now: float,
+        path: int | None = None,
+        interval: float = 0.0,
+    ) -> float:
+        """The sender has sealed `packets` (modulo 2^32) before `counter`; return when `settle` should be called.
+
+        The mark came by `path`, where the next one is due in `interval` seconds.
+        """
         is_newer = (session.serial, counter) > self._newest
-        if is_newer and packets == self._said:
-            self._last_at, self._last = now, (session.serial, session.window.top)
-        self._said = packets if is_newer else self._said
-        if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
+        if is_newer:
             self._newest = (session.serial, counter)
-            self._marks.append((now + SETTLE_AFTER, session, counter, packets, self._gaps))
-            self._gaps = []
+            if self._quiet.get(path) == packets:
+                self.gaps.quiet(session, counter, path, now)
+            self._quiet[path] = packets
+            if interval > IN_USE_INTERVAL:
+                self.gaps.idle()
+        if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
+            self._marks.append((now + SETTLE_AFTER, session, counter, packets))
         if not self._marks:
             return INF
         return now if _is_crowded(self._marks[0][1]) else self._marks[0][0]
 
     def settle(self, in_use: int, now: float) -> float:
         """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again."""
+        self._in_use = in_use
+        self.history.step(self.account, now)
         while self._marks and (self._marks[0][0] <= now or _is_crowded(self._marks[0][1])):
-            _, session, counter, packets, gaps = self._marks.popleft()
+            due, session, counter, packets = self._marks.popleft()
             for older in self._sessions.values():
                 if older.serial < session.serial:  # whose last data was sealed before this mark too
                     self._settle_window(older, older.window.top, in_use)
@@ -104,21 +128,59 @@ class Receipts:
                 self.packets += (packets - self._count) % (1 << 32)
             self._count = packets
             lost = max(0, self.packets - self.received)
-            if lost > self.lost:
-                real = [gap[0] for gap in gaps if gap[0] > self.longest_gap and self._is_lacking(gap)]
-                self.longest_gap = max(real, default=self.longest_gap)
+            self.gaps.settled(session, counter, in_use, due - SETTLE_AFTER, has_loss=lost > self.lost)
             self.lost = lost
+        self._note_gaps(now)
         return self._marks[0][0] if self._marks else INF
 
-    def status(self) -> dict[str, float]:
+    # -- what is said of it ----------------------------------------------------------------------------
+
+    def account(self, counted: Mapping[int, tuple[int, int]] | None = None, now: float = -INF) -> Receipt:
+        """Return the account as it stands; `counted` has the datagrams that each path was given, and has lost."""
+        counted = counted or {}
+        records = []
+        for path, way in enumerate(self.gaps.ways[:MAX_PATHS]):
+            if not (self._in_use >> path & 1 or self.first[path] or path in counted):
+                continue
+            records.append(
+                PathReceipt(
+                    path, *counted.get(path, (0, 0)), self.first[path], self.missed[path],
+                    max(way.longest, self.gaps.ongoing(way, now)), self.history.longest(path, now), way.bridged,
+                    round(way.bridged_time * 1e3),
+                )
+            )  # fmt: skip
+        return Receipt(
+            self.packets, self.received, self.lost, self.saved, self.longest_gap, self.history.longest(ALL, now),
+            self._in_use, tuple(records),
+        )  # fmt: skip
+
+    def due(self, now: float) -> float:
+        """Return when the next RECEIPT is due: there is something to add to the last one, or that is to be repeated."""
+        if self._counts() != self._said:
+            return max(now, self._said_at + PAUSES[0])
+        return max(now, self._said_at + PAUSES[self._repeats]) if self._repeats < len(PAUSES) else INF
+
+    def say(self, counted: Mapping[int, tuple[int, int]], now: float) -> bytes:
+        """Return a RECEIPT's plaintext, which is sent now."""
+        counts = self._counts()
+        self._repeats = self._repeats + 1 if counts == self._said else 0
+        self._said, self._said_at = counts, now
+        self._note_gaps(now)
+        return self.account(counted, now).encode()
+
+    def begin_afresh(self, now: float) -> None:
+        """Show from now on what comes on top of what there is."""
+        self.history.restart(self.account(now=now))
+
+    def status(self, now: float) -> dict[str, Any]:
         """What `status` shows of it."""
-        return {
-            "packets": self.packets,
-            "received": self.received,
-            "saved": self.saved,
-            "lost": self.lost,
-            "longest_gap_ms": round(self.longest_gap * 1e3, 3),
-        }
+        account = self.account(now=now)
+        return receipt_status(self.history.shown(account), self.history.views(account, now))
+
+    def path_status(self, path: int, now: float) -> dict[str, Any]:
+        """What `status` shows of it and of one path."""
+        account = self.account(now=now)
+        return path_status(self.history.shown(account), self.history.views(account, now), path)
 
     def restart(self) -> None:
         """The sender counts from 0 again; what has come in so far belongs to the old account."""
@@ -129,15 +191,29 @@ class Receipts:
     def retire(self, session: Session, in_use: int) -> None:
         """A session ends: account for what is left in its window, and forget its marks."""
         self._settle_window(session, session.window.top, in_use)
+        self.gaps.retire(session)
         self._sessions.pop(session.serial, None)
         self._marks = deque(mark for mark in self._marks if mark[1] is not session)
 
-    def _is_lacking(self, gap: Gap) -> bool:
-        """Whether a counter is missing in a gap, by now."""
-        _, session, after, before = gap
-        first = max(after + 1, session.window.top - WINDOW + 1)
-        is_open = session.serial in self._sessions
-        return is_open and first < before and 0 in session.window.deliveries(first, before - 1)[0]
+    def _count_late(self, late: int, path: int | None) -> None:
+        """So many packets that were accounted for as lost have come after all, by `path` only."""
+        for other in range(MAX_PATHS):
+            if other == path:
+                self.first[other] += late
+            elif self._in_use >> other & 1:
+                self.missed[other] += late
+        if self._in_use & ~(0 if path is None else 1 << path):
+            self.saved += late
+
+    def _counts(self) -> tuple[int, ...]:
+        return (self.packets, self.received, self.lost, self.saved, self._in_use)
+
+    def _note_gaps(self, now: float) -> None:
+        for number, way in enumerate(self.gaps.ways):
+            gap = max(way.fresh, self.gaps.ongoing(way, now))
+            if gap:
+                self.history.gap(number, gap)
+                way.fresh = 0.0
 
     def _settle_window(self, session: Session, last: int, in_use: int) -> None:
         window = session.window
@@ -148,7 +224,7 @@ class Receipts:
         session.settled = last
         who, paths = window.deliveries(first, last)
         count = len(who)
-        data = int.from_bytes(who.translate(_IS_DATA), "little")
+        data = int.from_bytes(who.translate(IS_DATA), "little")
         delivered = int.from_bytes(paths, "little")
         self.received += data.bit_count() // 8
         lacking_any = 0
@@ -160,10 +236,6 @@ class Receipts:
                 self.missed[path] += lacking.bit_count()
                 lacking_any |= lacking >> path
         self.saved += lacking_any.bit_count()
-
-
-def _silence(gap: Gap) -> float:
-    return gap[0]
 
 
 def _is_crowded(session: Session) -> bool:

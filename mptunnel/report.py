@@ -1,6 +1,7 @@
 """What `status`, `token list` and `peer list` print for people. Pure: from the status object (format 1) to text.
 
-The receipts come first: what redundancy saved, what was lost on every path, the longest gap.
+The receipts come first: what redundancy saved, what was lost on every path, the longest gap; and under the paths what
+each of them alone would have meant.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def receipts_line(receipts: Object | None) -> str:
         return "no receipts yet"
     saved, lost = (sum(receipt.get(name, 0) for receipt in known) for name in ("saved", "lost"))
     gap = max(receipt.get("longest_gap_ms") or 0.0 for receipt in known)
-    return f"redundancy saved {packets(saved)}; lost on every path {count(lost)}; longest gap {milliseconds(gap)}"
+    return (
+        f"redundancy saved {packets(saved)}{_outages(known)}; lost on every path {count(lost)}; "
+        f"longest gap {milliseconds(gap)}"
+    )
 
 
 def tokens_text(tokens: Iterable[Object], now: float) -> str:
@@ -154,6 +158,7 @@ def _client_lines(status: Object) -> list[str]:
     lines = [
         f"{status.get('device')}: client of {_server_name(server)}, {_state(status)}",
         f"  {receipts_line(status.get('receipts'))}",
+        *_lately(status.get("receipts"), "  "),
         f"  address {', '.join(addresses) or 'not known yet'}, MTU {tunnel.get('mtu', _NONE)}"
         + _session(server.get("session_age")),
         *_direction_lines(status),
@@ -193,6 +198,7 @@ def _peer_lines(peer: Object) -> list[str]:
     return [
         f"  {peer.get('name')}: {state}{kind}, {addresses}{_session(peer.get('session_age'))}",
         *([f"    {receipts_line(peer.get('receipts'))}"] if peer.get("multipath") else []),
+        *(_lately(peer.get("receipts"), "    ") if peer.get("multipath") else []),
         *_path_lines(peer.get("paths", []), "    "),
     ]
 
@@ -228,6 +234,29 @@ def _direction_lines(status: Object) -> list[str]:
     return ["", *(f"  {line}" for line in text.splitlines())] if rows else []
 
 
+def _lately(receipts: Object | None, indent: str) -> list[str]:
+    """Return the headline's figures of the last minute and the last hour, if they are known."""
+    parts = []
+    for name in ("minute", "hour"):
+        known = [window for receipt in (receipts or {}).values() if receipt and (window := receipt.get(name))]
+        if known:
+            saved, lost = (sum(window[figure] for window in known) for figure in ("saved", "lost"))
+            gap = milliseconds(max(window["longest_gap_ms"] for window in known))
+            parts.append(f"last {name} {count(saved)} saved, {count(lost)} lost, longest gap {gap}")
+    return [indent + "; ".join(parts)] if parts else []
+
+
+def _outages(known: Iterable[Object]) -> str:
+    """Return ` and bridged 2 outages (7.9 s)`, if there were any."""
+    number, seconds = (sum(receipt.get(name) or 0 for receipt in known) for name in ("outages_bridged", "bridged_s"))
+    return f" and bridged {count(number)} outage{'' if number == 1 else 's'} ({_seconds(seconds)})" if number else ""
+
+
+def _seconds(value: float) -> str:
+    """Return `0.4 s`, `12 s`, `3 min`."""
+    return f"{value:.1f} s" if value < 9.95 else duration(value)
+
+
 def _gap(receipt: Object) -> str:
     return milliseconds(receipt.get("longest_gap_ms") or 0.0)
 
@@ -239,6 +268,7 @@ def _path_lines(paths: Sequence[Object], indent: str) -> list[str]:
     text = table(_PATH_HEAD, [_path_row(path) for path in paths], _RIGHT)
     lines = ["", *(indent + line for line in text.splitlines())]
     for path in paths:
+        lines += [f"{indent}{_path_name(path)} alone: {alone}"] if (alone := _alone(path)) else []
         errors = [f"{count(number)} x {name}" for name, number in sorted(path.get("errors", {}).items()) if number]
         lines += [f"{indent}{_path_name(path)}: {', '.join(errors)}"] if errors else []
     return lines
@@ -257,6 +287,12 @@ def _path_row(path: Object) -> tuple[str, ...]:
         size(path.get("rx_bytes", 0)),
         _way(path),
     )
+
+
+def _alone(path: Object) -> str:
+    """Return what this path alone would have meant, as far as it is known."""
+    ways = [(way, of) for way, of in (path.get("alone") or {}).items() if of]
+    return "; ".join(f"{way} {count(of['lost'])} lost, longest gap {_gap(of)}" for way, of in ways)
 
 
 def _path_name(path: Object) -> str:

@@ -303,6 +303,10 @@ class Server(Role):
         match verb:
             case "status":
                 return Reply(self.status(now))
+            case "receipts-reset":
+                for peer in self._peers.values():
+                    peer.begin_receipts_afresh(now)
+                return Reply(None)
             case "token-new":
                 return self.register.new_token(self.key.public, arguments.text("label"), arguments.number("hours"), now)
             case "token-list":

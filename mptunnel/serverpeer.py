@@ -26,6 +26,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
+from mptunnel.history import Told
 from mptunnel.messages import (
     MAX_PATHS,
     PROTOCOL_VERSION,
@@ -278,6 +279,12 @@ class ServerPeer(Peer):
             return 0
         return sum(1 << path.id for path in self.paths.values() if path.use is Use.DATA)
 
+    def _receipt_ways(self, now: float) -> list[tuple[ClientPath, Any]]:
+        return [(path, path.id) for path in self._carriers(now)]
+
+    def _datagrams_received(self) -> dict[int, tuple[int, int]]:
+        return {path.id: (path.loss_down.sent, path.loss_down.lost) for path in self.paths.values()}
+
     def _learn_endpoint(self, source: Any) -> None:
         """R8: the server's address is pinned; its packets move nothing."""
 
@@ -397,6 +404,7 @@ class ServerPeer(Peer):
         if self.server_instance != hello.instance:
             if self.server_instance is not None:
                 self.receipts.restart()
+                self.told = Told((session.serial - 1, 0))
                 for path in self._open_paths():
                     path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
             self.server_instance = hello.instance
@@ -453,6 +461,8 @@ class ServerPeer(Peer):
                 self._stop_hello()
             case Control.CLOSE:
                 self._closed(session, messages.decode_close_untrusted(body), now, out)
+            case Control.RECEIPT:
+                self._receipt_received(session, counter, plain, now)
             case _:
                 self.identity.drops["unknown control message"] += 1
 
@@ -470,7 +480,9 @@ class ServerPeer(Peer):
         if path is None or echo.path != path.id or echo.incarnation != path.incarnation:
             self.identity.drops["echo for another path"] += 1
             return
-        self.timers.at_the_latest(Timer.SETTLE, self.receipts.mark(session, counter, echo.packets, now))
+        interval = PROBE_INTERVAL if self.in_use(now) else self._idle_probe
+        settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval)
+        self.timers.at_the_latest(Timer.SETTLE, settle_at)
         path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)

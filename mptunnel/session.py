@@ -154,16 +154,17 @@ class Refused(enum.Enum):
 class Opened:
     """What came of a run of datagrams: the plaintexts, and how many were new, repeated or not authentic.
 
-    `counters` are those of `plain`, in the same order.
+    `counters` are those of `plain`, in the same order; `low` and `high` are the first and the last that is credited.
     """
 
-    __slots__ = ("bad", "counters", "credited", "expired", "late", "plain", "repeated")
+    __slots__ = ("bad", "counters", "credited", "expired", "high", "late", "low", "plain", "repeated")
 
     def __init__(self) -> None:
         self.plain: list[bytes] = []
         self.counters: Sequence[int] = ()
         self.repeated = 0
         self.credited = 0  # of the repeated ones: news for the path they came by
+        self.low = self.high = 0
         self.bad = 0
         self.late = 0
         self.expired = 0
@@ -240,6 +241,7 @@ class Session:
             opened.repeated = count
             if path is not None:
                 opened.credited = self.window.credit_run(counters[0], count, path)
+                opened.low, opened.high = counters[0], counters[-1]
         elif is_run and counters[0] > self.window.top:
             self._open_fresh_run(datagrams, size, counters, path, opened)
         else:
@@ -295,8 +297,10 @@ class Session:
                     opened.late += 1
                     continue
                 opened.repeated += 1
-                if path is not None:
-                    opened.credited += window.credit(counter, path)
+                if path is not None and window.credit(counter, path):
+                    opened.low = min(opened.low, counter) if opened.credited else counter
+                    opened.high = max(opened.high, counter)
+                    opened.credited += 1
                 continue
             at = number * size
             try:

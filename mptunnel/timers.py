@@ -20,6 +20,7 @@ Ours, on a server:
 
 * ROUTE: when the host is told of a client's tunnel MTU, at most once a second.
 * SETTLE (both roles): when the receipts may count what was sent two seconds ago.
+* RECEIPT (both roles): a second after a RECEIPT, if something has been settled since; else it is repeated three times.
 
 When a path's next probe or unasked ECHO is due the path itself knows.
 """
@@ -57,6 +58,7 @@ class Timer(enum.Enum):
     ENROL = enum.auto()
     SETTLE = enum.auto()
     ROUTE = enum.auto()
+    RECEIPT = enum.auto()
 
 
 class PeerTimers:

@@ -364,6 +364,22 @@ def test_status_prints_text_or_json(capsys: pytest.CaptureFixture[str], places: 
         assert json.loads(capsys.readouterr().out) == CLIENT_STATUS
 
 
+def test_status_with_reset_shows_the_receipts_once_more_and_begins_them_afresh(
+    capsys: pytest.CaptureFixture[str], places: list[str], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    class Noting(dict[str, Any]):
+        def __getitem__(self, verb: str) -> Any:
+            asked.append(verb)
+            return super().__getitem__(verb)
+
+    with listening(tmp_path / "run" / "mpt0.sock", Noting({"status": CLIENT_STATUS, "receipts-reset": None})):
+        assert cli.run(["status", "--reset", *places]) == 0
+    assert asked == ["status", "receipts-reset"]
+    assert capsys.readouterr().out.startswith("mpt0: client of")
+
+
 def test_status_shows_all_instances_or_the_chosen_one(
     capsys: pytest.CaptureFixture[str], places: list[str], tmp_path: Path
 ) -> None:

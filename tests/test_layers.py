@@ -16,6 +16,7 @@ CORE = [
     "messages packet events keys scheduler",
     "records wgquick noise",
     "config session admission",
+    "gaps history",
     "timers path receipts",
     "peer",
     "serverpeer clientpeer register uplinks role",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mptunnel import messages
 from mptunnel.errors import BadPacketError
 from mptunnel.messages import (
+    GAP_UNITS,
     MAX_PATHS,
     OVERHEAD,
     PADDING,
@@ -26,7 +27,9 @@ from mptunnel.messages import (
     Enrol,
     Enrolled,
     Hello,
+    PathReceipt,
     Probe,
+    Receipt,
     Record,
     Use,
 )
@@ -56,6 +59,11 @@ ADDRESSES = st.builds(
 KEYS = st.binary(min_size=32, max_size=32)
 ENROLS = st.builds(Enrol, KEYS, st.binary(max_size=32))
 ENROLLEDS = st.builds(Enrolled, U8, KEYS, KEYS)
+GAPS = U32.map(lambda units: units / GAP_UNITS)
+RECEIPTS = st.builds(
+    Receipt, U32, U32, U32, U32, GAPS, GAPS, U8,
+    st.lists(st.builds(PathReceipt, PATH, U32, U32, U32, U32, GAPS, GAPS, U16, U32), max_size=MAX_PATHS).map(tuple),
+)  # fmt: skip
 CLOSES = st.builds(Close, PATH | st.just(WHOLE_SESSION), U8, U32)
 
 # name: (messages, encode, decode, first bytes, least length)
@@ -71,6 +79,7 @@ LAYOUTS: dict[str, tuple[Any, Callable[[Any], bytes], Callable[[memoryview], Any
     "enrol": (ENROLS, Enrol.encode, messages.decode_enrol_untrusted, 0x08, 72),
     "enrolled": (ENROLLEDS, Enrolled.encode, messages.decode_enrolled_untrusted, 0x09, 72),
     "close": (CLOSES, Close.encode, messages.decode_close_untrusted, 0x0A, 8),
+    "receipt": (RECEIPTS, Receipt.encode, messages.decode_receipt_untrusted, 0x0B, 28),
 }  # fmt: skip
 each_layout = pytest.mark.parametrize("name", LAYOUTS)
 
@@ -125,7 +134,9 @@ def test_less_than_the_fixed_fields_is_refused(name: str) -> None:
     decode(memoryview(bytes((first,)).ljust(least, b"\0")))
 
 
-@pytest.mark.parametrize(("name", "at", "size"), [("probe", 52, 8), ("echo", 68, 8), ("address", 48, 16)])
+@pytest.mark.parametrize(
+    ("name", "at", "size"), [("probe", 52, 8), ("echo", 68, 8), ("address", 48, 16), ("receipt", 28, 32)]
+)
 def test_fewer_items_than_announced_are_refused(name: str, at: int, size: int) -> None:
     _, _, decode, first, _ = LAYOUTS[name]
     count_at = 14 if name == "address" else 3
@@ -237,6 +248,39 @@ def test_the_layouts_of_joining_and_of_close() -> None:
     fields(Close(5, 3, 0x11121314).encode(), (0, b"\x0a\x05\x03\0"), (4, u32(0x11121314)))
 
 
+def test_the_layout_of_a_receipt() -> None:
+    of = PathReceipt(5, 0x11121314, 0x21222324, 0x31323334, 0x41424344, 1.2345, 0.0001, 0x5152, 0x61626364)
+    receipt = Receipt(0x11111111, 0x22222222, 0x33333333, 0x44444444, 0.5, 119 * 3600.0, 0xA5, (of,))
+    fields(
+        receipt.encode(), (0, b"\x0b\xa5\x00\x01"), (4, u32(0x11111111)), (8, u32(0x22222222)), (12, u32(0x33333333)),
+        (16, u32(0x44444444)), (20, u32(5000)), (24, u32(119 * 36_000_000)), (28, b"\x05"), (30, u16(0x5152)),
+        (32, u32(0x11121314)), (36, u32(0x21222324)), (40, u32(0x31323334)), (44, u32(0x41424344)), (48, u32(12345)),
+        (52, u32(1)), (56, u32(0x61626364)),
+    )  # fmt: skip
+
+
+def test_a_receipt_of_eight_paths_is_one_small_datagram() -> None:
+    receipt = Receipt(records=tuple(PathReceipt(path) for path in range(MAX_PATHS)))
+    assert len(receipt.encode()) + OVERHEAD == 320
+    assert len(Receipt(records=receipt.records[:2]).encode()) + OVERHEAD + 28 == 156
+
+
+def test_what_a_receipt_cannot_say_goes_round_and_a_gap_stops_at_119_hours() -> None:
+    many = (1 << 32) + 5
+    of = PathReceipt(0, many, many, many, many, 1e9, 1e9, (1 << 16) + 7, many)
+    said = messages.decode_receipt_untrusted(memoryview(Receipt(many, many, many, many, 1e9, 1e9, 1, (of,)).encode()))
+    assert (said.packets, said.received, said.lost, said.saved) == (5, 5, 5, 5)
+    assert said.gap == said.recent == said.records[0].gap == said.records[0].recent > 119 * 3600
+    assert said.records[0].bridged == 7
+    assert said.records[0].given == said.records[0].lost == said.records[0].first == said.records[0].bridged_ms == 5
+
+
+def test_what_a_receipt_says_of_paths_that_cannot_be_is_skipped() -> None:
+    body = bytearray(Receipt(records=(PathReceipt(1), PathReceipt(2))).encode())
+    body[28] = 8
+    assert messages.decode_receipt_untrusted(memoryview(bytes(body))).records == (PathReceipt(2),)
+
+
 def test_sizes_on_an_ipv4_wire_are_those_of_the_document() -> None:
     on_the_wire = 28 + OVERHEAD
     record = (Record(1, 0, 0),)
@@ -324,6 +368,7 @@ def test_the_layouts_are_the_formats_of_the_document() -> None:
     formats = {
         "_PROBE": "<BBBBIIIQIIIIIIHH", "_ECHO": "<BBBBIIIQQIIIIHH16s", "_RECORD": "<BBHI", "_CHALLENGE": "<BBBBI16s",
         "_HELLO": "<BBBBIQHBBI8x", "_ADDRESS": "<BBBB4s4sHBB16s16s", "_ENROL": "<BBBBI32s32s", "_CLOSE": "<BBBBI",
+        "_RECEIPT": "<BBBBIIIIII", "_PATH_RECEIPT": "<BBHIIIIIII",
     }  # fmt: skip
     for name, layout in formats.items():
         assert getattr(messages, name).format == struct.Struct(layout).format

@@ -270,8 +270,8 @@ def test_a_control_message_that_is_cut_short_is_counted_and_does_nothing() -> No
     assert net.peer.current is not None
     for kind in range(1, 16):
         net.deliver(net.peer.current.seal(bytes([kind]) + bytes(6)), net.source(0))
-    assert net.server.drops["malformed control message"] == 3  # PROBE, RESPONSE, HELLO; 16 bytes are enough for CLOSE
-    assert net.server.drops["unknown control message"] == 11
+    assert net.server.drops["malformed control message"] == 4  # PROBE, RESPONSE, HELLO, RECEIPT; CLOSE fits 16 bytes
+    assert net.server.drops["unknown control message"] == 10
 
 
 # -- handshakes ------------------------------------------------------------------------------------------------------

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptunnel.gaps import INF
 from mptunnel.messages import MAX_PATHS
 from mptunnel.noise import SessionKeys
-from mptunnel.receipts import INF, SETTLE_AFTER, Receipts
+from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import WINDOW, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
 
 MOD32 = 1 << 32
 
@@ -76,12 +83,12 @@ class Direction:
             if under.window.is_fresh(counter):
                 under.window.mark(counter, path)
                 if packets < 0:
-                    self.receipts.arrived(under, [counter], now)
+                    self.receipts.arrived(under, [counter], now, path)
                 else:
                     under.window.mark_control(counter)
-                    settle_at = min(settle_at, self.receipts.mark(under, counter, packets, now))
-            else:
-                under.window.credit_run(counter, 1, path)
+                    settle_at = min(settle_at, self.receipts.mark(under, counter, packets, now, path))
+            elif under.window.credit_run(counter, 1, path):
+                self.receipts.gaps.came(path, under, counter, counter, now)
             if packets < 0:
                 self.came.setdefault((under.serial, counter), []).append(path)
         self.now = until
@@ -199,9 +206,11 @@ def test_a_sender_that_has_begun_anew_gets_a_new_account_with_nothing_of_the_old
     direction.receive(direction.now + 0.1)
     old = direction.rekey()
     direction.receipts.restart()
-    assert direction.receipts.status() == {
-        "packets": 0, "received": 0, "saved": 0, "lost": 0, "longest_gap_ms": 0.0,
+    nothing = {
+        "packets": 0, "received": 0, "saved": 0, "lost": 0, "longest_gap_ms": 0.0, "outages_bridged": 0,
+        "bridged_s": 0.0,
     }  # fmt: skip
+    assert direction.receipts.status(direction.now) == {**nothing, "minute": nothing, "hour": nothing}
     direction.packets = 0
     direction.sealed.clear()
     direction.came.clear()
@@ -287,7 +296,7 @@ def test_silence_without_loss_is_no_gap_and_with_loss_it_is() -> None:
     direction.finish()
     assert direction.receipts.lost == 10
     assert direction.receipts.longest_gap == pytest.approx(0.5)
-    assert direction.receipts.status()["longest_gap_ms"] == pytest.approx(500)
+    assert direction.receipts.status(direction.now)["longest_gap_ms"] == pytest.approx(500)
 
 
 def test_a_loss_after_a_long_silence_does_not_make_that_a_gap() -> None:
@@ -325,3 +334,52 @@ def test_data_that_came_by_no_bound_path_is_received_and_first_by_nobody() -> No
     receipts.arrived(under, [0, 1, 2, 3, 4], 1.0)
     receipts.retire(under, 1)
     assert (receipts.received, receipts.first, receipts.missed[0]) == (5, [0] * MAX_PATHS, 5)
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Return how many functions of Python and of C some work calls, itself included."""
+    found = 0
+
+    def count(_: FrameType, event: str, __: object) -> None:
+        nonlocal found
+        found += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return found - 1  # without the setprofile that ends it
+
+
+@pytest.mark.parametrize("length", [1, 64])
+def test_a_batch_costs_a_handful_of_calls_however_long_it_is(length: int) -> None:
+    receipts, under = Receipts(), session(1)
+    receipts.mark(under, 0, 0, 0.5, 0)
+    receipts.settle(3, 3.0)
+    for at in range(1, 1 + 4 * length, length):
+        under.window.mark_run(at, length, 0)
+        receipts.arrived(under, list(range(at, at + length)), 4.0 + at / 1e6, 0)
+    at = 1 + 4 * length
+    under.window.mark_run(at, length, 0)
+    assert (
+        calls(lambda: receipts.arrived(under, list(range(at, at + length)), 4.001, 0)) <= 5
+    )  # also the lambda, and min
+    under.window.credit_run(at, length, 1)
+    assert calls(lambda: receipts.gaps.came(1, under, at, at + length - 1, 4.001)) <= 2
+
+
+def test_what_is_settled_costs_calls_per_mark_and_slices_per_packet() -> None:
+    figures = []
+    for count in (100, 10_000):
+        receipts, under = Receipts(), session(1)
+        receipts.mark(under, 0, 0, 0.5, 0)
+        receipts.settle(3, 3.0)
+        under.window.mark_run(1, count, 0)
+        under.window.mark(count + 1, 0)
+        under.window.mark_control(count + 1)
+        receipts.arrived(under, list(range(1, count + 1)), 4.0, 0)
+        receipts.mark(under, count + 1, count, 4.0, 0)
+        figures.append(calls(lambda receipts=receipts: receipts.settle(3, 6.0)))  # type: ignore[misc]
+        assert (receipts.received, receipts.missed[:2]) == (count, [0, count])
+    assert figures[0] == figures[1] < 200

@@ -23,7 +23,9 @@ from mptunnel.report import (
 )
 
 UP = {"packets": 120482, "received": 120482, "saved": 1111, "lost": 0, "longest_gap_ms": 12.3}
+UP |= {"outages_bridged": 2, "bridged_s": 7.9}
 DOWN = {"packets": 99120, "received": 99117, "saved": 123, "lost": 3, "longest_gap_ms": 8.2}
+ALONE = {"lost": 1060, "longest_gap_ms": 7512.3}
 WLAN = {
     "id": 0,
     "name": "wlan0",
@@ -44,6 +46,7 @@ WLAN = {
     "rx_bytes": 1_200_000_000,
     "mtu": 1420,
     "errors": {},
+    "alone": {"up": ALONE, "down": ALONE | {"lost": 3, "longest_gap_ms": 8.2}},
 }
 GONE = dict.fromkeys(WLAN) | {
     "id": 1,
@@ -52,6 +55,7 @@ GONE = dict.fromkeys(WLAN) | {
     "tx_bytes": 0,
     "rx_bytes": 0,
     "errors": {"ENODEV": 2},
+    "alone": {"up": None, "down": ALONE},
 }
 CLIENT: dict[str, Any] = {
     "format": 1,
@@ -104,7 +108,7 @@ def test_a_clients_status_reads_like_this() -> None:
     assert status_text(CLIENT) == (
         """\
 mpt0: client of vpn.example.org:5000 (198.51.100.1), up, running for 2 d 3 h
-  redundancy saved 1,234 packets; lost on every path 3; longest gap 12 ms
+  redundancy saved 1,234 packets and bridged 2 outages (7.9 s); lost on every path 3; longest gap 12 ms
   address 10.0.1.2, fd12::2, MTU 1420, session 45 s old
 
   tunnel  packets   bytes  saved  lost  longest gap
@@ -114,6 +118,8 @@ mpt0: client of vpn.example.org:5000 (198.51.100.1), up, running for 2 d 3 h
   path       state          round trip  lost up   down  first   sent  received
   wlan0      up 2 h 13 min  23 ms ±4     0.10 %  2.5 %   61 %  99 MB    1.2 GB  192.168.1.5 seen as 203.0.113.7:41822
   10.64.3.9  waiting        -                 -      -      -    0 B       0 B
+  wlan0 alone: up 1,060 lost, longest gap 7.5 s; down 3 lost, longest gap 8.2 ms
+  10.64.3.9 alone: down 1,060 lost, longest gap 7.5 s
   10.64.3.9: 2 x ENODEV
   dropped: replay 1,200"""
     )
@@ -127,7 +133,7 @@ mpt1: server on UDP port 5000, up, running for 59 s
   public key KEY=
 
   van-7: up, 10.0.1.2, fd12::2, session 4 s old
-    redundancy saved 1,111 packets; lost on every path 0; longest gap 12 ms
+    redundancy saved 1,111 packets and bridged 2 outages (7.9 s); lost on every path 0; longest gap 12 ms
 
     path  state  round trip  lost up  down  first  sent  received
     0     fresh  0.4 ms            -     -      -   0 B       0 B  203.0.113.7:41822
@@ -160,9 +166,23 @@ def test_a_status_of_another_format_is_refused_with_the_cure() -> None:
 
 
 def test_the_headline_adds_both_directions_and_takes_the_longest_gap() -> None:
-    assert receipts_line({"up": UP | {"saved": 1, "lost": 0}, "down": None}).startswith("redundancy saved 1 packet;")
+    one = UP | {"saved": 1, "lost": 0, "outages_bridged": 0}
+    assert receipts_line({"up": one, "down": None}).startswith("redundancy saved 1 packet;")
+    once = one | {"outages_bridged": 1, "bridged_s": 75.0}
+    assert receipts_line({"up": once}).startswith("redundancy saved 1 packet and bridged 1 outage (1 min);")
     assert receipts_line({"up": UP, "down": DOWN}).endswith("lost on every path 3; longest gap 12 ms")
     assert receipts_line({"up": None, "down": None}) == receipts_line(None) == "no receipts yet"
+
+
+def test_what_was_lately_stands_under_the_headline() -> None:
+    minute, hour = {"saved": 5, "lost": 0, "longest_gap_ms": 0.0}, {"saved": 1000, "lost": 2, "longest_gap_ms": 40.0}
+    up, down = (UP | {"minute": minute, "hour": hour}, DOWN | {"minute": minute, "hour": hour | {"longest_gap_ms": 50}})
+    lines = status_text(CLIENT | {"receipts": {"up": up, "down": down}}).splitlines()
+    assert lines[2] == (
+        "  last minute 10 saved, 0 lost, longest gap 0 ms; last hour 2,000 saved, 4 lost, longest gap 50 ms"
+    )
+    peer = SERVER["peers"][1] | {"receipts": {"up": up, "down": None}}
+    assert "    last minute 5 saved, 0 lost, longest gap 0 ms; last" in status_text(SERVER | {"peers": [peer]})
 
 
 @pytest.mark.parametrize("state", ["waiting", "probing", "slow", "down"])

@@ -1,0 +1,245 @@
+"""Silences in which packets were due: the real ones, and those that each path alone would have had.
+
+A way is a path, or all of them together. Its silence lasts from one IP packet that came by it to the next. Of the
+counters between the two one may be missing: no copy of it came by this way, neither meanwhile nor in the two seconds
+until the receipts are settled. Then the silence is a gap, as long as it was. A copy that a path was not given is
+missing on it too. What another path has delivered is known to be missing on this one; of a counter that nobody has
+delivered it is not known whether it was a packet or some path's control message, so there a silence is a gap only if
+packets were lost on every path between the marks around it.
+
+Silence of the application is no gap. A mark that says that nothing was sealed since the mark before it on the same
+path ends the silence of all that it came by, and of every path that has brought what there was; a path that owes a
+packet is silent until it brings another, or a mark of its own. While the tunnel is idle, so that marks are seconds
+apart, nobody knows when a packet was due: silences begin when data comes again.
+
+A gap on one path that another has filled is an outage bridged, if it was longer than 0.3 s.
+
+Copies of what has come before are not opened. Who can forge a path's source can make its silences look shorter here;
+so all this is shown, and nothing is decided by it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mptunnel.messages import MAX_PATHS
+from mptunnel.session import NO_PATH, WINDOW
+
+if TYPE_CHECKING:
+    from mptunnel.session import Session
+
+ALL: Final = MAX_PATHS  # the way that is all paths together
+OUTAGE: Final = 0.3
+ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
+INF: Final = float("inf")
+_GAP: Final = 0.02  # s: shorter silences are not worth a look
+_MAX_SUSPECTS: Final = 64  # silences that wait to be settled, the longest
+
+IS_DATA: Final = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
+
+
+class Way:
+    """A path, or (`bit` 0) all of them: since when it is silent, what it brought last, its gaps so far."""
+
+    __slots__ = (
+        "at", "bit", "bridged", "bridged_time", "fresh", "held", "high", "longest", "owes", "patience", "session",
+    )  # fmt: skip
+
+    def __init__(self, bit: int) -> None:
+        self.bit = bit
+        self.at = INF  # since when nothing has come; infinity: it is not known that anything was due since
+        self.session: Session | None = None
+        self.high = -1  # highest counter that it has brought under this session
+        self.patience = _GAP
+        self.held: tuple[float, Session, int] | None = None  # a silence that an old packet has ended
+        self.owes = False
+        self.longest = 0.0
+        self.fresh = 0.0  # longest since it was taken out last
+        self.bridged = 0
+        self.bridged_time = 0.0
+
+    def begin(self, session: Session, counter: int, now: float) -> None:
+        """From now on something is due; what was sealed up to `counter` is none of its business any more."""
+        self.at, self.session, self.high, self.owes = now, session, counter, False
+
+    def note(self, length: float, *, is_bridged: bool) -> None:
+        """There was a gap."""
+        self.longest = max(self.longest, length)
+        self.fresh = max(self.fresh, length)
+        if is_bridged and length > OUTAGE:
+            self.bridged += 1
+            self.bridged_time += length
+
+
+class Suspect:
+    """A silence between two counters that will have been a gap if one of them stays missing."""
+
+    __slots__ = ("after", "before", "has_loss", "length", "session", "way")
+
+    def __init__(self, way: Way, length: float, session: Session, after: int, before: int) -> None:
+        self.way, self.length, self.session, self.after, self.before = way, length, session, after, before
+        self.has_loss = False  # between the marks around it packets were lost on every path
+
+
+class Gaps:
+    """All silences of one direction, as its receiver sees them."""
+
+    __slots__ = ("_in_use", "_suspects", "is_idle", "ways")
+
+    def __init__(self) -> None:
+        self.ways = [*(Way(1 << path) for path in range(MAX_PATHS)), Way(0)]
+        self._suspects: list[Suspect] = []
+        self._in_use = 0
+        self.is_idle = True
+
+    def came(self, number: int, session: Session, low: int, high: int, now: float) -> None:
+        """Copies of IP packets, first or later ones, came by a way, all within these counters."""
+        way = self.ways[number]
+        silence = now - way.at
+        if silence > way.patience:
+            self._look(way, session, low, silence)
+        way.at = now
+        way.owes = False
+        if session is not way.session:
+            if way.session is None or session.serial > way.session.serial:
+                way.session, way.high = session, high
+        elif high > way.high:
+            way.high = high
+
+    def woken(self, session: Session, low: int, now: float) -> None:
+        """The tunnel was idle, and IP packets came, `low` the first: every path in use owes them from now on."""
+        self.is_idle = False
+        for way in self.ways:
+            if way.bit & self._in_use and way.at == INF:
+                way.begin(session, low - 1, now)
+
+    def quiet(self, session: Session, counter: int, path: int | None, now: float) -> None:
+        """A mark under `counter` by `path` says: nothing was sealed for a while before it, and it is the newest."""
+        newest = self.ways[ALL]
+        if newest.session is session and newest.high > counter:
+            return  # the application speaks again
+        for number, way in enumerate(self.ways):
+            if way.at == INF or (way.owes and number != path):
+                continue
+            after = way.high if way.session is session else -1
+            is_lacking, is_open = _lacking(session, way.bit, after + 1, counter - 1)
+            if is_lacking and number != path:
+                way.owes = True
+                continue
+            if (is_lacking or is_open) and now - way.at > _GAP:
+                self._suspect(Suspect(way, now - way.at, session, after, counter))
+            way.begin(session, counter, now)
+
+    def idle(self) -> None:
+        """The next mark is seconds away: from now on nobody knows when what comes was due."""
+        self.is_idle = True
+        for way in self.ways:
+            if not way.owes:
+                way.at = INF
+
+    def settled(self, session: Session, counter: int, in_use: int, marked_at: float, *, has_loss: bool) -> None:
+        """All that was sealed before `counter`, a mark that came at `marked_at`, has come, or will never."""
+        kept, mark = [], (session.serial, counter)
+        for suspect in self._suspects:
+            if has_loss and mark > (suspect.session.serial, suspect.after):
+                suspect.has_loss = True
+            if mark < (suspect.session.serial, suspect.before):
+                kept.append(suspect)
+            else:
+                self._resolve(suspect)
+        self._suspects = kept
+        if in_use != self._in_use:
+            self._use(in_use, session, counter, marked_at)
+
+    def retire(self, session: Session) -> None:
+        """A session's window is about to be closed."""
+        for suspect in self._suspects:
+            if suspect.session is session:
+                self._resolve(suspect)
+        self._suspects = [suspect for suspect in self._suspects if suspect.session is not session]
+        for way in self.ways:
+            if way.held is not None and way.held[1] is session:
+                way.held, way.patience = None, _GAP
+            if way.session is session:
+                way.owes = way.owes or (
+                    way.at < INF and _lacking(session, way.bit, way.high + 1, session.window.top)[0]
+                )
+                way.session = None
+                way.high = -1
+
+    def ongoing(self, way: Way, now: float) -> float:
+        """Return for how long a path that owes a packet has been silent by now, 0 if it is not."""
+        silence = now - way.at
+        if silence < ONGOING:
+            return 0.0
+        if not way.owes:
+            newest = self.ways[ALL]
+            if newest.session is None:
+                return 0.0
+            after = way.high if way.session is newest.session else -1
+            way.owes = _lacking(newest.session, way.bit, after + 1, newest.high)[0]
+        return silence if way.owes else 0.0
+
+    def _look(self, way: Way, session: Session, low: int, silence: float) -> None:
+        """A silence has ended with counter `low`: suspect it, if anything was due in it."""
+        before = way.session
+        after = way.high if before is session else -1
+        if (before is session and low <= after) or (before is not None and session.serial < before.serial):
+            if silence > _GAP and (way.held is None or silence > way.held[0]):  # what was due, a newer one will show
+                way.held = (silence, session, after) if way.held is None else (silence, *way.held[1:])
+                way.patience = -1.0
+            return
+        if way.held is not None:
+            silence = max(silence, way.held[0])
+            after = way.held[2] if way.held[1] is session else after
+            way.held, way.patience = None, _GAP
+        if silence <= _GAP:
+            return
+        is_due = any(_lacking(session, way.bit, after + 1, low - 1))
+        if is_due:
+            self._suspect(Suspect(way, silence, session, after, low))
+        elif before is not session and before is not None:
+            if any(_lacking(before, way.bit, way.high + 1, before.window.top)):
+                self._suspect(Suspect(way, silence, before, way.high, before.window.top + 1))
+        elif before is None and way.owes:  # under a session that is gone
+            way.note(silence, is_bridged=way.bit > 0)
+
+    def _suspect(self, suspect: Suspect) -> None:
+        self._suspects.append(suspect)
+        if len(self._suspects) > _MAX_SUSPECTS:
+            self._suspects.remove(min(self._suspects, key=_length))
+
+    def _resolve(self, suspect: Suspect) -> None:
+        way = suspect.way
+        is_lacking, is_open = _lacking(suspect.session, way.bit, suspect.after + 1, suspect.before - 1)
+        if is_lacking or (is_open and suspect.has_loss):
+            way.note(suspect.length, is_bridged=is_lacking)
+
+    def _use(self, in_use: int, session: Session, counter: int, since: float) -> None:
+        """Other paths are in use now, the new ones since a mark under `counter`."""
+        before, self._in_use = self._in_use, in_use
+        for way in self.ways[:MAX_PATHS]:
+            if not way.bit & in_use:
+                way.at, way.owes = INF, False
+            elif not way.bit & before and way.at == INF and not self.is_idle:
+                way.begin(session, counter, since)
+
+
+def _lacking(session: Session, bit: int, first: int, last: int) -> tuple[bool, bool]:
+    """Return whether a packet is missing on a path among these counters, and whether one is missing everywhere."""
+    window = session.window
+    first = max(first, window.top - WINDOW + 1)
+    last = min(last, window.top)
+    if last < first:
+        return False, False
+    who, paths = window.deliveries(first, last)
+    is_open = 0 in who
+    if not bit:
+        return False, is_open
+    data = int.from_bytes(who.translate(IS_DATA), "little")
+    bits = int.from_bytes(bytes((bit,)) * len(who), "little")
+    return data & bits & ~int.from_bytes(paths, "little") != 0, is_open
+
+
+def _length(suspect: Suspect) -> float:
+    return suspect.length

@@ -1,0 +1,427 @@
+"""The receipts of a simulated tunnel against an independent count of what its wires did."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mptunnel.gaps import OUTAGE
+from mptunnel.messages import Control
+from mptunnel.records import Fields
+from mptunnel.timers import Timer
+from tests.bookpeer import BookPeer
+from tests.simnet import CLIENT_PUBLIC, PSK, SERVER_KEY, Simnet, Traffic, Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SIZE = 700  # of the data: no control message is of this size
+SHORT = 0.02  # s: silences up to this are none
+SIDES = ("up", "down")
+Key = tuple[bytes, int]  # session and counter
+
+
+@dataclass
+class Weather:
+    """What happens to one direction of a wire: chance, and times in which nothing passes."""
+
+    loss: float = 0.0
+    jitter: float = 0.0  # that lets one overtake another
+    cuts: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Count:
+    """The account of one who sees every datagram and knows nothing of the program: data is told by its size."""
+
+    def __init__(self, net: Simnet, seed: int) -> None:
+        self.net = net
+        self.rng = random.Random(seed)
+        self.weather = {(side, number): Weather() for side in SIDES for number in range(len(net.wires))}
+        self.order: dict[str, dict[Key, int]] = {side: {} for side in SIDES}  # in which they were sealed
+        self.came: dict[str, list[tuple[float, int, Key]]] = {side: [] for side in SIDES}  # when, and by which wire
+        self._delays = [wire.delay for wire in net.wires]
+        net.tap = self._pass
+
+    def set(self, **weather: float) -> None:
+        """Let every direction of every wire have this weather."""
+        for each in self.weather.values():
+            for name, value in weather.items():
+                setattr(each, name, value)
+
+    def _pass(self, side: str, number: int, datagram: bytes) -> bytes | None:
+        weather, wire, now = self.weather[side, number], self.net.wires[number], self.net.now
+        is_data = datagram[0] == 4 and SIZE <= len(datagram) < SIZE + 100
+        key = (datagram[4:8], int.from_bytes(datagram[8:16], "little"))
+        if is_data:
+            self.order[side].setdefault(key, len(self.order[side]))
+        wire.delay = self._delays[number] + self.rng.random() * weather.jitter
+        if any(begin <= now < end for begin, end in weather.cuts) or self.rng.random() < weather.loss:
+            wire.counts[f"lost_{side}"] += 1
+            return None
+        if is_data and not self.net.down[number]:
+            self.came[side].append((now + wire.delay, number, key))
+        return datagram
+
+    def account(self, side: str) -> dict[str, Any]:
+        """What the receipts should say of a direction."""
+        order, wires = self.order[side], range(len(self.net.wires))
+        by: dict[Key, list[int]] = {}
+        firsts: list[tuple[float, Key]] = []
+        copies: list[list[tuple[float, Key]]] = [[] for _ in wires]
+        for at, number, key in sorted(self.came[side], key=lambda each: each[0]):
+            if key not in by:
+                firsts.append((at, key))
+            by.setdefault(key, []).append(number)
+            copies[number].append((at, key))
+        paths = []
+        for wire in wires:
+            gaps = self._gaps(order, copies[wire], by)
+            outages = [length for length, is_bridged in gaps if is_bridged and length > OUTAGE]
+            paths.append(
+                {
+                    "first": sum(numbers[0] == wire for numbers in by.values()),
+                    "missed": sum(wire not in numbers for numbers in by.values()),
+                    "lost": sum(wire not in by.get(key, ()) for key in order),
+                    "longest_gap_ms": 1e3 * max((length for length, _ in gaps), default=0.0),
+                    "outages_bridged": len(outages),
+                    "bridged_s": sum(outages),
+                }
+            )
+        return {
+            "packets": len(order),
+            "received": len(by),
+            "lost": len(order) - len(by),
+            "saved": sum(len({*numbers}) < len(wires) for numbers in by.values()),
+            "longest_gap_ms": 1e3 * max((length for length, _ in self._gaps(order, firsts, by)), default=0.0),
+            "paths": paths,
+        }
+
+    @staticmethod
+    def _gaps(
+        order: dict[Key, int], arrivals: Sequence[tuple[float, Key]], by: dict[Key, list[int]]
+    ) -> list[tuple[float, bool]]:
+        """Return the silences between arrivals in which a packet was due, and whether another wire brought one."""
+        here = {order[key] for _, key in arrivals}
+        anywhere = {order[key] for key in by}
+        found, newest, before, silence = [], -1, arrivals[0][0], 0.0
+        for at, key in arrivals:
+            silence, before = max(silence, at - before), at
+            if order[key] > newest:  # what was due, an old one does not show
+                missing = set(range(newest + 1, order[key])) - here
+                if missing and silence > SHORT:
+                    found.append((silence, bool(missing & anywhere)))
+                newest, silence = order[key], 0.0
+        return found
+
+
+def started(*delays: float, seed: int = 1) -> tuple[Simnet, Count]:
+    """Return a tunnel that has been up for a while, and the count that goes with it."""
+    net = Simnet(*(Wire(delay=delay) for delay in delays), seed=seed)
+    count = Count(net, seed)
+    net.run(3.0)
+    return net, count
+
+
+def speak(net: Simnet, seconds: float, rate: float = 100.0) -> None:
+    """Let both sides speak at this rate."""
+    traffic = Traffic(net, rate, size=SIZE - 56)
+    traffic.start(seconds)
+    net.run(seconds)
+
+
+def speak_through(net: Simnet, count: Count, seconds: float, rate: float = 100.0, **weather: float) -> None:
+    """Let both sides speak; from one second after the beginning to one before the end there is this weather."""
+    net.after(1.0, lambda: count.set(**weather))
+    net.after(seconds - 1.0, lambda: count.set(**dict.fromkeys(weather, 0.0)))
+    speak(net, seconds, rate)
+
+
+def said(net: Simnet, side: str, at: str) -> dict[str, Any]:
+    """Return what one end says of a direction."""
+    if at == "client":
+        status = net.client.status(net.now)
+    else:
+        (status,) = net.server.status(net.now)["peers"]
+    by_id = {path["id"]: path["alone"][side] for path in status["paths"]}
+    return {**status["receipts"][side], "paths": [by_id[number] for number in range(len(net.wires))]}
+
+
+def check(net: Simnet, count: Count, *, is_told: bool = True) -> None:
+    """Compare what both ends say of both directions with the count."""
+    net.run(12.0)  # everything is settled, and said
+    for side in SIDES:
+        expected = count.account(side)
+        for at in ("client", "server") if is_told else ({"up": "server", "down": "client"}[side],):
+            got = said(net, side, at)
+            for name in ("packets", "received", "lost", "saved"):
+                assert got[name] == expected[name], f"{at} says {name} {side}"
+            assert got["longest_gap_ms"] == pytest.approx(expected["longest_gap_ms"], abs=0.1), f"{at}, {side}"
+            for alone, truth in zip(got["paths"], expected["paths"], strict=True):
+                for name in ("first", "missed", "lost", "outages_bridged"):
+                    assert alone[name] == truth[name], f"{at} says {name} {side}"
+                assert alone["longest_gap_ms"] == pytest.approx(truth["longest_gap_ms"], abs=0.1), f"{at}, {side}"
+                assert alone["bridged_s"] == pytest.approx(truth["bridged_s"], abs=0.002), f"{at}, {side}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("delays", [(0.02, 0.06), (0.02, 0.06, 0.3, 0.02)])
+def test_both_ends_say_of_both_directions_what_the_wires_have_done(delays: tuple[float, ...], seed: int) -> None:
+    net, count = started(*delays, seed=seed)
+    speak_through(net, count, 10.0, loss=0.3)
+    check(net, count)
+    for side in SIDES:
+        account = count.account(side)
+        assert account["saved"] > 200
+        assert all(path["longest_gap_ms"] > 40 for path in account["paths"])
+
+
+def test_a_long_cut_of_one_path_is_a_gap_of_that_path_alone_and_an_outage_bridged() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 0].cuts = [(net.now + 2.0, net.now + 9.5)]
+        count.weather[side, 1].cuts = [(net.now + 11.0, net.now + 11.4)]
+    speak(net, 14.0)
+    check(net, count)
+    for side in SIDES:
+        whole = said(net, side, "client")
+        assert (whole["lost"], whole["longest_gap_ms"], whole["outages_bridged"]) == (0, 0.0, 2)
+        longest, short = (path["longest_gap_ms"] for path in whole["paths"])
+        assert 7500 < longest < 7800  # the server waits for a probe before it gives anything to this path again
+        assert short == pytest.approx(410, abs=0.1)
+
+
+def test_when_all_paths_are_cut_at_once_the_gap_is_real_and_nobody_bridged_it() -> None:
+    net, count = started(0.02, 0.06)
+    for weather in count.weather.values():
+        weather.cuts = [(net.now + 2.0, net.now + 3.0)]
+    speak(net, 6.0)
+    check(net, count)
+    whole = said(net, "up", "server")
+    assert whole["longest_gap_ms"] == pytest.approx(1010, abs=0.1)
+    assert whole["lost"] == 100
+
+
+def test_one_direction_of_a_path_has_outages_of_its_own() -> None:
+    net, count = started(0.02, 0.06)
+    count.weather["up", 0].cuts = [(net.now + 2.0, net.now + 3.0)]
+    speak(net, 5.0)
+    check(net, count)
+    assert said(net, "up", "client")["outages_bridged"] == 1
+    assert said(net, "down", "client")["outages_bridged"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packets_that_overtake_each_other_make_no_gap_and_hide_none(seed: int) -> None:
+    net, count = started(0.02, 0.06, seed=seed)
+    speak_through(net, count, 8.0, rate=400.0, loss=0.2, jitter=0.03)
+    check(net, count)
+
+
+def test_a_change_of_session_in_the_middle_of_losses_changes_nothing_in_the_account() -> None:
+    net, count = started(0.02, 0.06)
+    serial = net.guest.current.serial if net.guest.current else 0
+    speak_through(net, count, 135.0, rate=40.0, loss=0.2)
+    assert net.guest.current is not None
+    assert net.guest.current.serial > serial
+    check(net, count)
+
+
+def test_a_path_that_is_gone_for_a_while_loses_what_it_was_not_given() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 0].cuts = [(net.now + 1.9, net.now + 7.0)]  # nothing is on its way when it goes
+    net.after(2.0, lambda: net.set_link(0, up=False))
+    net.after(7.0, lambda: net.set_link(0, up=True))
+    speak(net, 12.0)
+    check(net, count)
+    for side in SIDES:
+        alone = said(net, side, "client")["paths"][0]
+        assert alone["longest_gap_ms"] > 5000
+        assert alone["missed"] > 490
+
+
+def test_what_comes_later_than_two_seconds_is_counted_when_it_comes() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 1].jitter = 4.0
+        count.weather[side, 0].loss = 0.3
+    speak(net, 8.0)
+    count.set(loss=0.0, jitter=0.0)
+    net.run(20.0)
+    for side in SIDES:
+        expected, got = count.account(side), said(net, side, "client")
+        assert (got["packets"], got["received"], got["lost"]) == (
+            expected["packets"], expected["received"], expected["lost"],
+        )  # fmt: skip
+        assert got["paths"][0]["missed"] == expected["paths"][0]["missed"]
+
+
+def test_silence_of_the_application_is_no_gap_even_if_much_is_lost_around_it() -> None:
+    net, count = started(0.02, 0.06)
+    for _ in range(4):
+        speak_through(net, count, 3.0, loss=0.3)
+        net.run(7.0)
+    expected = [path["longest_gap_ms"] for path in count.account("up")["paths"]]
+    assert max(expected) < 500
+    net.run(5.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            assert all(path["longest_gap_ms"] < 500 for path in said(net, side, at)["paths"])
+
+
+def test_what_is_lost_at_the_end_of_a_speech_costs_no_more_than_until_the_path_shows_life() -> None:
+    net, count = started(0.02, 0.06)
+    net.after(2.0, lambda: count.set(loss=1.0))
+    net.after(2.2, lambda: count.set(loss=0.0))
+    speak(net, 2.2)
+    net.run(7.0)
+    speak(net, 2.0)
+    net.run(6.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["lost"] == count.account(side)["lost"] > 15
+        assert 190 < got["longest_gap_ms"] < 1000
+        assert all(190 < path["longest_gap_ms"] < 1000 for path in got["paths"])
+
+
+@pytest.mark.parametrize("lost_on", [(0,), (0, 1)])
+def test_the_first_packet_after_an_hour_may_be_lost_without_an_hours_gap(lost_on: tuple[int, ...]) -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 2.0)
+    net.run(3600.0 - 12.0)
+    for side in SIDES:
+        for number in lost_on:
+            count.weather[side, number].cuts = [(net.now, net.now + 0.01)]
+    speak(net, 5.0)
+    net.run(6.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["lost"] == len(lost_on) - 1
+        assert got["longest_gap_ms"] < 30
+        assert all(path["longest_gap_ms"] < 300 for path in got["paths"])
+
+
+def test_a_path_that_is_still_silent_has_a_gap_that_grows() -> None:
+    net, count = started(0.02, 0.06)
+    for side in SIDES:
+        count.weather[side, 0].cuts = [(net.now + 1.0, net.now + 100.0)]
+    speak(net, 7.0)
+    for at in ("client", "server"):
+        for side in SIDES:
+            got = said(net, side, at)
+            assert 4_000 < got["paths"][0]["longest_gap_ms"] < 6_100
+            assert got["paths"][0]["minute"]["longest_gap_ms"] > 3_000
+            assert got["longest_gap_ms"] == got["paths"][1]["longest_gap_ms"] == 0
+
+
+def test_the_server_knows_exactly_what_is_lost_downwards() -> None:
+    net, count = started(0.02, 0.06, 0.3)
+    speak_through(net, count, 8.0, loss=0.3)
+    net.run(9.0)
+    for number, wire in enumerate(net.wires):
+        ours, theirs = net.peer.paths[number], net.guest.paths[number]
+        assert theirs.loss_down.lost == ours.loss_down.lost == wire.counts["lost_down"] > 100
+        assert ours.loss_up.lost == theirs.loss_up.lost == wire.counts["lost_up"] > 100
+    net.run(60.0)
+    assert all(path.loss_down.lost == net.peer.paths[path.id].loss_down.lost for path in net.guest.paths.values())
+
+
+def receipts_on(net: Simnet, side: str, since: float) -> list[float]:
+    return sorted({round(at, 6) for at in net.controls(side, Control.RECEIPT, since=since)})
+
+
+def test_a_receipt_is_said_once_a_second_and_the_last_one_three_times_more() -> None:
+    net, _ = started(0.02, 0.06)
+    since = net.now
+    speak(net, 10.0)
+    net.run(60.0)
+    for side in SIDES:
+        times = receipts_on(net, side, since)
+        pauses = [later - earlier for earlier, later in pairwise(times)]
+        assert min(pauses) >= 1.0 - 1e-6
+        assert pauses[-3:] == pytest.approx([1.0, 2.0, 4.0])
+        assert 12 <= len(times) <= 17
+        assert len(net.controls(side, Control.RECEIPT, since=since)) == 2 * len(times)  # by both paths
+
+
+def test_nobody_says_a_receipt_while_the_tunnel_is_idle() -> None:
+    net, _ = started(0.02, 0.06)
+    speak(net, 2.0)
+    net.run(30.0)
+    since = net.now
+    net.run(200.0)
+    assert receipts_on(net, "up", since) == receipts_on(net, "down", since) == []
+
+
+def test_the_last_figures_arrive_though_most_of_what_says_them_is_lost() -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 5.0)
+    net.run(0.5)
+    for weather in count.weather.values():
+        weather.cuts = [(net.now, net.now + 4.0)]
+    check(net, count)
+
+
+def test_a_stock_peer_is_never_told() -> None:
+    net = Simnet(Wire(), stock_server=BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK), said_hello=False)
+    net.run(20.0)
+    traffic = Traffic(net, 20.0)
+    traffic.start(10.0)
+    net.run(30.0)
+    assert net.peer.is_stock
+    assert not net.peer.timers.is_armed(Timer.RECEIPT)
+    assert net.client.status(net.now)["receipts"]["up"] is None
+
+
+def test_receipts_begun_afresh_at_one_end_go_on_at_the_other() -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 5.0, loss=0.3)
+    net.run(9.0)
+    net.client.control("receipts-reset", Fields({}, "receipts-reset"), net.now)
+    before = count.account("up")
+    speak(net, 3.0)
+    net.run(9.0)
+    for side in SIDES:
+        ours, theirs = said(net, side, "client"), said(net, side, "server")
+        assert (ours["packets"], ours["saved"], ours["lost"], ours["longest_gap_ms"]) == (300, 0, 0, 0)
+        assert [path["missed"] for path in ours["paths"]] == [0, 0]
+        assert theirs["packets"] == 800
+    assert said(net, "up", "server")["saved"] == before["saved"] > 0
+    net.server.control("receipts-reset", Fields({}, "receipts-reset"), net.now)
+    assert said(net, "up", "server")["packets"] == said(net, "down", "server")["packets"] == 0
+
+
+def test_the_last_minute_is_told_as_well() -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 10.0, loss=0.3)
+    speak(net, 100.0, rate=20.0)
+    for at in ("client", "server"):
+        for side in SIDES:
+            got = said(net, side, at)
+            assert got["minute"]["lost"] == got["minute"]["saved"] == got["minute"]["longest_gap_ms"] == 0
+            assert 1150 < got["minute"]["packets"] < 1300
+            assert got["hour"]["saved"] == got["saved"] > 300
+            assert [path["minute"]["missed"] for path in got["paths"]] == [0, 0]
+
+
+@pytest.mark.parametrize("who", ["server", "client"])
+def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> None:
+    net, count = started(0.02, 0.06)
+    speak_through(net, count, 5.0, loss=0.3)
+    net.run(9.0)
+    if who == "server":
+        net.restart_server()
+    else:
+        net.restart_client()
+    net.run(3.0)
+    speak(net, 4.0)
+    net.run(9.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            got = said(net, side, at)
+            assert 380 <= got["packets"] <= 400, f"{at} {side}"
+            assert got["lost"] == 0
