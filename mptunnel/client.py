@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import __version__, noise
+from mptunnel import noise
 from mptunnel.admission import Door
 from mptunnel.config import (
     ClientSettings,
     DnsMode,
     ServerRecord,
     WireGuardFile,
-    encode_key,
     key_short,
     spelling,
 )
@@ -42,6 +41,7 @@ from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
 from mptunnel.uplinks import Uplinks, Way
+from mptunnel.view import client_status
 
 if TYPE_CHECKING:
     import random
@@ -576,51 +576,18 @@ class Client(Role):
 
     def status(self, now: float) -> dict[str, Any]:
         """The status object, format 1."""
-        peer, tunnel, record = self._peer, self._tunnel, self._membership.record
-        session = peer.current
-        first = sum(peer.receipts.first)
-        return {
-            "format": 1,
-            "version": __version__,
-            "role": "client",
-            "state": self._state,
-            "uptime": round(now - self._started_at, 1),
-            "server": {
-                "name": self._membership_name(),
-                "address": ", ".join(sorted({str(way.server) for way in self._ways.values()})) or None,
-                "public_key": encode_key(record.public_key),
-                "multipath": peer.is_multipath,
-                "session_age": None if session is None else round(now - session.created_at, 1),
-            },
-            "tunnel": {
-                "ipv4": None if tunnel is None or tunnel.address4 is None else str(tunnel.address4),
-                "ipv6": None if tunnel is None or tunnel.address6 is None else str(tunnel.address6),
-                "mtu": self._tunnel_mtu,
-            },
-            "traffic": {"up": peer.sent(), "down": peer.received()},
-            "receipts": {"up": None, "down": peer.receipts.status()},
-            "paths": [self._path_status(path, first, now) for path in self.paths.values()],
-            "drops": dict(self.drops),
-        }
-
-    def _path_status(self, path: ClientPath, first: int, now: float) -> dict[str, Any]:
-        receipts = self._peer.receipts
-        return {
-            **path.status(),
-            "name": path.name,
-            "interface": path.interface or None,
-            "address": None if path.address is None else str(path.address),
-            "seen_as": None if path.seen_as is None else _host_port(*path.seen_as),
-            "since": round(now - path.since, 1),
-            "first": receipts.first[path.id],
-            "first_share": receipts.first[path.id] / first if first else None,
-            "missed": receipts.missed[path.id],
-            "mtu": path.carries or None,
-        }
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return client_status(
+            self._state,
+            now - self._started_at,
+            self._membership_name(),
+            self._membership.record.public_key,
+            self._peer,
+            self._ways.values(),
+            self._tunnel,
+            self._tunnel_mtu,
+            self.drops,
+            now,
+        )
 
 
 def _record_file(record: ServerRecord) -> str:
