@@ -16,7 +16,7 @@ CORE = [
     "messages packet events keys scheduler",
     "records wgquick noise",
     "config session admission",
-    "timers path receipts",
+    "timers path receipts alarm",
     "peer",
     "serverpeer clientpeer register uplinks role",
     "plan",
