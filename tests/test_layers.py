@@ -27,7 +27,8 @@ CORE = [
 PROGRAM = [
     "control state tun udp netlink worker wires options report",
     "host lab membership admin",
-    "loop traffic",
+    "hook",
+    "loop traffic watch",
     "program",
     "story",
     "picture",
@@ -50,7 +51,7 @@ WORLDLY_METHODS = {
 OTHERS = {  # which of our modules may use what is not Python's own
     "cryptography": {"noise", "session", "keys"},
     "click": {"cli", "options"},
-    "rich": {"picture", "report", "cli"},
+    "rich": {"picture", "watch"},
     "pytun": {"tun"},
 }
 
