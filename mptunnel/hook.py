@@ -112,7 +112,7 @@ class Hook:
             self._changed.notify_all()
         if is_late:
             log.warning("%s for %s was killed: it ran for more than %.0f s", self._program, event["event"], PATIENCE)
-        elif process.returncode:
+        elif process.returncode and not self._is_closing:
             log.warning("%s for %s failed: %s", self._program, event["event"], _end(process.returncode))
 
 
