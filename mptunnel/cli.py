@@ -185,6 +185,13 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
     help="Resolver: the one the server offers (default), the present one, or these.",
 )
 @_option("Client", "--idle-probe", type=float, metavar="SECONDS", help="Probe idle paths so often. [default: 25]")
+@_option(
+    "Client",
+    "--alarm",
+    type=int,
+    metavar="MS",
+    help="Tell at once when nothing has come from the server for so long; paths are probed every third of it.",
+)
 @_option("Server", "--network", metavar="CIDR", help="The tunnel's IPv4 network. [default: 10.0.1.0/24]")
 @_option(
     "Server", "--lan", is_flag=True, help="Let clients reach private networks and this machine, not only the internet."
@@ -201,6 +208,7 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option("Both", "--mtu", type=int, metavar="BYTES", help="Largest packet inside the tunnel. [default: 1420]")
 @_option("Both", "--mode", metavar="MODE", help="Which paths carry a packet: redundant, all of them (default).")
 @_option("Both", "--script", metavar="FILE|none", help="Set the host up by this script, or not at all.")
+@_option("Both", "--on-event", metavar="PROGRAM", help="Run this for each event, which it finds in its environment.")
 @_option("Both", "--state-dir", metavar="DIR", help=f"Keys, peers, tokens. [default: {_PLACES['state_dir']}]")
 @_option("Both", "--run-dir", metavar="DIR", help=f"Locks, control sockets. [default: {_PLACES['run_dir']}]")
 @_option(
@@ -271,23 +279,33 @@ def _places(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--json", "as_json", is_flag=True, help="The whole status, as JSON.")
 @click.option("--exit-code", is_flag=True, help="Leave with 4 where not every path works.")
 @click.option("--reset", is_flag=True, help="Then begin the receipts afresh, for whoever looks at this end.")
+@click.option("--watch", is_flag=True, help="Keep showing it, live, until Ctrl-C.")
 @_places
 @click.pass_context
 def status(
-    ctx: click.Context, tun: str | None, *, as_json: bool, exit_code: bool, reset: bool, state_dir: Path, run_dir: Path
+    ctx: click.Context,
+    tun: str | None,
+    *,
+    as_json: bool,
+    exit_code: bool,
+    reset: bool,
+    watch: bool,
+    state_dir: Path,
+    run_dir: Path,
 ) -> None:
     """Show paths and what redundancy saved."""
     from mptunnel import control, report  # noqa: PLC0415
 
     del state_dir
-    tun = tun or ctx.find_root().params.get("tun")
-    if tun:
-        from mptunnel.config import instance_number  # noqa: PLC0415
+    if watch and (as_json or exit_code):
+        raise click.UsageError("--watch is for people, --json and --exit-code are for programs", ctx)
+    tun = _instance(ctx, tun)
+    sockets = _sockets(run_dir, tun)
+    if watch:
+        from mptunnel.watch import watch_status  # noqa: PLC0415
 
-        instance_number(tun)
-    sockets = control.find(run_dir, tun)
-    if not sockets:
-        raise NotRunningError(_not_running(tun, run_dir, control.find(run_dir)))
+        watch_status(run_dir, tun)
+        return
     found = [control.ask(path, "status") for path in sockets]
     texts = [_json(one) if as_json else report.status_text(one) for one in found]
     click.echo(("\n" if as_json else "\n\n").join(texts))
@@ -296,6 +314,23 @@ def status(
             control.ask(path, "receipts-reset")
     if exit_code and any(map(report.is_degraded, found)):
         ctx.exit(DEGRADED)
+
+
+@cli.command()
+@click.option("-t", "--tun", metavar="mptN", help="This instance, where several run.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@_places
+@click.pass_context
+def events(ctx: click.Context, tun: str | None, *, as_json: bool, state_dir: Path, run_dir: Path) -> None:
+    """Show what happens to paths and tunnel, as it happens."""
+    from mptunnel import control, report  # noqa: PLC0415
+
+    del state_dir
+    sockets = _sockets(run_dir, _instance(ctx, tun))
+    if len(sockets) > 1:
+        raise click.UsageError(f"several run ({', '.join(path.stem for path in sockets)}): choose one by -t", ctx)
+    for event in control.listen(sockets[0]):
+        click.echo(_json_line(event) if as_json else report.event_text(event))
 
 
 @cli.group(cls=_Commands)
@@ -533,6 +568,26 @@ def _endpoint(where: tuple[str, int | None] | None, port: int | None) -> str:
     return config.spelling(str(address), port or config.DEFAULT_PORT)
 
 
+def _instance(ctx: click.Context, tun: str | None) -> str | None:
+    """Return the instance that a command is about, None where none was named. Raises ConfigError."""
+    from mptunnel.config import instance_number  # noqa: PLC0415
+
+    tun = tun or ctx.find_root().params.get("tun")
+    if tun:
+        instance_number(tun)
+    return tun
+
+
+def _sockets(run_dir: Path, tun: str | None) -> list[Path]:
+    """Return the control sockets of what runs. Raises NotRunningError where nothing does."""
+    from mptunnel import control  # noqa: PLC0415
+
+    sockets = control.find(run_dir, tun)
+    if not sockets:
+        raise NotRunningError(_not_running(tun, run_dir, control.find(run_dir)))
+    return sockets
+
+
 def _not_running(tun: str | None, run_dir: Path, others: Iterable[Path]) -> str:
     running = ", ".join(path.stem for path in others)
     if tun and running:
@@ -544,6 +599,12 @@ def _json(value: object) -> str:
     import json  # noqa: PLC0415
 
     return json.dumps(value, indent=2)
+
+
+def _json_line(value: object) -> str:
+    import json  # noqa: PLC0415
+
+    return json.dumps(value)
 
 
 def _label(ctx: click.Context, parameter: click.Parameter) -> str:

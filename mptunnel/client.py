@@ -20,27 +20,38 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import __version__, noise
+from mptunnel import noise
 from mptunnel.admission import Door
+from mptunnel.alarm import Alarm
 from mptunnel.config import (
     ClientSettings,
     DnsMode,
     ServerRecord,
     WireGuardFile,
-    encode_key,
     key_short,
     spelling,
 )
 from mptunnel.errors import BadPacketError, ConfigError, RefusedError, UnreachableError
-from mptunnel.events import ClosePath, Endpoint, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.events import (
+    ClosePath,
+    Endpoint,
+    Notice,
+    NoticeKind,
+    OpenPath,
+    Resolve,
+    RunScript,
+    SaveState,
+    Stop,
+)
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
 from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
-from mptunnel.path import ClientPath, PathState
+from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
 from mptunnel.uplinks import Uplinks, Way
+from mptunnel.view import client_status
 
 if TYPE_CHECKING:
     import random
@@ -158,6 +169,7 @@ class Client(Role):
             is_stock=settings.wireguard is not None,
             enrol=enrol,
             allows=_allowed_by(settings.wireguard) if settings.wireguard else None,
+            alarm=Alarm(settings.alarm_ms / 1e3, PROBE_INTERVAL) if settings.alarm_ms else None,
         )
         if settings.wireguard and settings.wireguard.keepalive:
             peer.timers.persistent = float(settings.wireguard.keepalive)
@@ -193,9 +205,11 @@ class Client(Role):
             return
         if path.closed(now) or number not in self._reopen_at:
             log.warning("path %s: %s; trying again every %.0f s", path.name, why, REOPEN_AFTER)
+            self._peer.tell_path(path, now, why=why)
         path.errors[why] = path.errors.get(why, 0) + 1
         self._reopen_at[number] = now + REOPEN_AFTER
         self._peer.path_closed(now, self._out)
+        self._after(self._peer, now)
 
     def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
         """The kernel refused datagrams on a path: that is this path's affair only."""
@@ -278,20 +292,22 @@ class Client(Role):
                 if uplink.name not in self._missing:
                     self._missing.add(uplink.name)
                     if not is_told:
-                        self._tell_missing(path)
+                        self._tell_missing(path, now)
             else:
                 self._missing.discard(uplink.name)
                 self._open_path(path, way, now)
+        self._after(self._peer, now)
 
-    def _tell_missing(self, path: ClientPath) -> None:
+    def _tell_missing(self, path: ClientPath, now: float) -> None:
         uplink = self._uplinks.by_id[path.id]
         link = next((link for link in self._links if link.name == uplink.interface), None)
         if link is None:
+            why = f"{uplink.interface or uplink.name} is not there"
             log.warning("%s", self._uplinks.advice(uplink, self._links))
-        elif not link.up:
-            log.info("path %s waits: %s is down", path.name, link.name)
         else:
-            log.info("path %s waits: %s has no address that reaches the server", path.name, link.name)
+            why = f"{link.name} {'has no address that reaches the server' if link.up else 'is down'}"
+            log.info("path %s waits: %s", path.name, why)
+        self._peer.tell_path(path, now, why=why)
 
     def _open_path(self, path: ClientPath, way: Way, now: float) -> None:
         before = self._ways.get(path.id)
@@ -315,7 +331,9 @@ class Client(Role):
         if self._ways.pop(path.id, None) is None:
             return
         if path.closed(now):
-            log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
+            why = f"{path.interface} is gone, down or has no address"
+            log.info("path %s waits: %s", path.name, why)
+            self._peer.tell_path(path, now, why=why)
         self._events.append(ClosePath(path.id))
         self._events.append(RunScript("path-down", {"path": path.id}))
         self._peer.path_closed(now, self._out)
@@ -376,8 +394,10 @@ class Client(Role):
         if state != self._state:
             if state == "up":
                 log.info("tunnel up: %s", self._membership_name())
+                self._events.append(self._peer.notice(NoticeKind.TUNNEL_UP, now))
             elif self._state == "up":
                 log.warning("tunnel silent: no path reaches %s; trying for ever", self._membership_name())
+                self._events.append(self._peer.notice(NoticeKind.TUNNEL_SILENT, now))
                 self._has_warned = True
             self._state, self._state_at = state, now
             self._has_warned = self._has_warned and state != "up"
@@ -404,7 +424,9 @@ class Client(Role):
             return "silent" if self._state in {"up", "silent"} else "connecting"
         if not peer.is_multipath:
             return "up"
-        is_up = any(path.state in {PathState.UP, PathState.SLOW} for path in self.paths.values())
+        states = {path.state for path in self.paths.values()}
+        is_up = bool(states & {PathState.UP, PathState.SLOW})
+        is_up |= self._state == "up" and PathState.PROBING in states  # not yet silent: it has just been opened
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
     def _why_silent(self) -> str:
@@ -440,6 +462,8 @@ class Client(Role):
                     self._enrolled(item)
                 case Close():
                     self._closed(item)
+                case Notice():
+                    self._events.append(item)
                 case int():
                     self._mtu_changed(item, now)
         if self._state != "up":
@@ -579,55 +603,18 @@ class Client(Role):
 
     def status(self, now: float) -> dict[str, Any]:
         """The status object, format 1."""
-        peer, tunnel, record = self._peer, self._tunnel, self._membership.record
-        session = peer.current
-        first = sum(peer.receipts.first)
-        return {
-            "format": 1,
-            "version": __version__,
-            "role": "client",
-            "state": self._state,
-            "uptime": round(now - self._started_at, 1),
-            "server": {
-                "name": self._membership_name(),
-                "address": ", ".join(sorted({str(way.server) for way in self._ways.values()})) or None,
-                "public_key": encode_key(record.public_key),
-                "multipath": peer.is_multipath,
-                "session_age": None if session is None else round(now - session.created_at, 1),
-            },
-            "tunnel": {
-                "ipv4": None if tunnel is None or tunnel.address4 is None else str(tunnel.address4),
-                "ipv6": None if tunnel is None or tunnel.address6 is None else str(tunnel.address6),
-                "mtu": self._tunnel_mtu,
-            },
-            "traffic": {"up": peer.sent(), "down": peer.received()},
-            "receipts": {"up": peer.told.status(now), "down": peer.receipts.status(now)},
-            "paths": [self._path_status(path, first, now) for path in self.paths.values()],
-            "drops": dict(self.drops),
-        }
-
-    def _path_status(self, path: ClientPath, first: int, now: float) -> dict[str, Any]:
-        receipts = self._peer.receipts
-        return {
-            **path.status(),
-            "name": path.name,
-            "interface": path.interface or None,
-            "address": None if path.address is None else str(path.address),
-            "seen_as": None if path.seen_as is None else _host_port(*path.seen_as),
-            "since": round(now - path.since, 1),
-            "first": receipts.first[path.id],
-            "first_share": receipts.first[path.id] / first if first else None,
-            "missed": receipts.missed[path.id],
-            "alone": {
-                "up": self._peer.told.path_status(path.id, now),
-                "down": receipts.path_status(path.id, now),
-            },
-            "mtu": path.carries or None,
-        }
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return client_status(
+            self._state,
+            now - self._started_at,
+            self._membership_name(),
+            self._membership.record.public_key,
+            self._peer,
+            self._ways.values(),
+            self._tunnel,
+            self._tunnel_mtu,
+            self.drops,
+            now,
+        )
 
 
 def _record_file(record: ServerRecord) -> str:

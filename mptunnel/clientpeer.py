@@ -15,6 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
+from mptunnel.events import Notice, NoticeKind
 from mptunnel.history import Told
 from mptunnel.messages import (
     PROTOCOL_VERSION,
@@ -32,7 +33,15 @@ from mptunnel.messages import (
     Probe,
     Use,
 )
-from mptunnel.path import LAST_RESORT, UNASKED_INTERVAL, Allowance, PathState, ServerPath
+from mptunnel.path import (
+    LAST_RESORT,
+    NOTICES,
+    PROBE_INTERVAL,
+    UNASKED_INTERVAL,
+    Allowance,
+    PathState,
+    ServerPath,
+)
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
 from mptunnel.timers import INF, Timer
@@ -55,7 +64,7 @@ HELLO_WITHIN: Final = 3.0  # of a session in which data comes: else the client i
 
 
 class ClientPeer(Peer):
-    """One client. `news` is what the server must act on: its tunnel MTU, or None for "it has confirmed its key"."""
+    """One client. `news` is for the server to act on: its tunnel MTU, None for "it has confirmed its key", notices."""
 
     def __init__(
         self,
@@ -72,7 +81,8 @@ class ClientPeer(Peer):
         super().__init__(identity, remote, record.name, mtu, now)
         self.record = record
         self.paths: dict[int, ServerPath] = {}
-        self.news: list[int | None] = []
+        self.news: list[Notice | int | None] = []
+        self.is_here = False  # as was told by a notice
         self.tunnel_mtu = 0  # what its HELLO said
         self._address = address
         self._allowed = frozenset((record.ipv4.packed, record.ipv6.packed))
@@ -161,6 +171,8 @@ class ClientPeer(Peer):
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self.news.append(None)
+        if not self.is_multipath:
+            self._has_come(now)
         if self.current is not None and self.current.is_initiator:  # we called a stock peer: it waits for a datagram
             if self._staged:
                 self._flush(now, out)
@@ -186,6 +198,7 @@ class ClientPeer(Peer):
             silent_sessions = session.serial - self._hello_order[0]
             if silent_sessions > 1 and now - session.created_at > HELLO_WITHIN:
                 log.info("%s says HELLO no more: taking it for a stock WireGuard peer", self.name)
+                self._has_come(now)
                 self.is_multipath = self.takes_partial = False
                 self._forget_paths()
         return True
@@ -207,7 +220,7 @@ class ClientPeer(Peer):
             case Control.RESPONSE:
                 self._response_to_challenge(messages.decode_challenge_untrusted(body), source, now, out)
             case Control.CLOSE:
-                self._closed(session, messages.decode_close_untrusted(body))
+                self._closed(session, messages.decode_close_untrusted(body), now)
             case Control.RECEIPT:
                 if self._receipt_received(session, counter, plain, now):
                     for each in self.told.account.records:
@@ -268,6 +281,7 @@ class ClientPeer(Peer):
             other = self.paths.get(record.path)
             if other is not None and other is not path:
                 other.reported_by_another(record, now)
+                self._tell_up(other, now)
         settle_at = self.receipts.mark(
             session,
             counter,
@@ -281,6 +295,7 @@ class ClientPeer(Peer):
             self._challenge(path, probe, source, now, out)
             return
         path.adopt(probe, now)
+        self._tell_up(path, now)
         if path.may_answer(now):
             self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)
         self._flush(now, out)
@@ -309,9 +324,12 @@ class ClientPeer(Peer):
         holder = self._bound.get(source)
         if holder is not None:  # one endpoint is one path: a client that numbers its paths anew
             holder.endpoint, holder.unasked_at = None, INF
-        log.info("%s path %d at %s", self.name, path.id, source)
         path.bind(candidate, now)
         self._bound[source] = path
+        path.is_told_up = False  # its address is news, also if it was up at another
+        self._tell_up(path, now)
+        if holder is not None:
+            self._tell_down(holder, "is at no address any more", now)
         self._send_echo(path, candidate.probe, candidate.arrived_at, now, 0, out)
         path.received(1, 0, 0)  # the RESPONSE: it came by this path, after the probe that the ECHO answers
         self._flush(now, out)
@@ -330,16 +348,16 @@ class ClientPeer(Peer):
         ).encode(size)  # fmt: skip
         self._send_control(plain, path.endpoint, path, now, out)
 
-    def _closed(self, session: Session, close: Close) -> None:
+    def _closed(self, session: Session, close: Close, now: float) -> None:
         if close.path == WHOLE_SESSION:
             if session.serial < self._hello_order[0]:
                 return  # of a run that has ended meanwhile
-            if self._bound:
-                log.info("%s has left", self.name)
+            self.gone("it has left", now)
             self._forget_paths()
         else:
             path = self.paths.get(close.path)
             if path is not None and path.incarnation == close.incarnation:
+                self._tell_down(path, "closed by the client", now)
                 self._forget_path(path)
 
     def _forget_path(self, path: ServerPath) -> None:
@@ -360,8 +378,10 @@ class ClientPeer(Peer):
         if timer is Timer.ROUTE:
             self._mtu_told_at = now
             self.news.append(self.tunnel_mtu)
-        else:
-            super()._expired(timer, now, out)
+            return
+        super()._expired(timer, now, out)
+        if timer is Timer.ZERO_KEYS:
+            self.gone("its last session is over", now)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
@@ -374,25 +394,57 @@ class ClientPeer(Peer):
         """Do what is due."""
         super().handle_timeout(now, out)
         for path in list(self.paths.values()):
-            was = path.state
             state = path.update(now)
+            if state is PathState.LAPSED:
+                self._tell_down(path, "silent: no data there until it is heard again", now)
             if path.forgotten_at() <= now:
                 log.info("%s path %d forgotten: silent for %.0f s", self.name, path.id, now - path.since)
                 self._forget_path(path)
                 continue
-            if state is PathState.LAPSED and was is not PathState.LAPSED:
-                log.info("%s path %d silent: no data there until it is heard again", self.name, path.id)
             if state in {PathState.FRESH, PathState.LAPSED}:
                 self._show_life(path, now, out)
 
     def _show_life(self, path: ServerPath, now: float, out: list[Transmit]) -> None:
         if path.unasked_at > now:
             return
-        if now - self.data_at < IN_USE and self.current is not None and self.current.is_alive(now):
+        in_use = now - self.data_at < IN_USE or path.interval < PROBE_INTERVAL  # it has a gap alarm
+        if in_use and self.current is not None and self.current.is_alive(now):
             self._send_echo(path, None, now, now, 0, out)
             path.unasked_at = now + UNASKED_INTERVAL
         else:
             path.unasked_at = now + UNASKED_REVIEW
+
+    # -- notices ---------------------------------------------------------------------------------------
+
+    def _tell_up(self, path: ServerPath, now: float) -> None:
+        """`path` has just been refreshed or bound: it is news if it was not up, or elsewhere."""
+        if path.is_told_up or path.state is not PathState.FRESH:
+            return
+        path.is_told_up = True
+        self._has_come(now)
+        log.info("%s path %d at %s", self.name, path.id, path.endpoint)
+        self.news.append(self.notice(NOTICES[path.state], now, str(path.id), endpoint=str(path.endpoint)))
+
+    def _tell_down(self, path: ServerPath, why: str, now: float) -> None:
+        if path.is_told_up:
+            path.is_told_up = False
+            log.info("%s path %d %s", self.name, path.id, why)
+            self.news.append(self.notice(NoticeKind.PATH_DOWN, now, str(path.id), why=why))
+            if not any(other.is_told_up for other in self.paths.values()):
+                self.gone("it is silent on every path", now)
+
+    def _has_come(self, now: float) -> None:
+        if not self.is_here:
+            self.is_here = True
+            log.info("%s is here", self.name)
+            self.news.append(self.notice(NoticeKind.CLIENT_UP, now))
+
+    def gone(self, why: str, now: float) -> None:
+        """Whoever listens hears that the client is not here any more, if it was."""
+        if self.is_here:
+            self.is_here = False
+            log.info("%s is gone: %s", self.name, why)
+            self.news.append(self.notice(NoticeKind.CLIENT_GONE, now, why=why))
 
     # -- status ----------------------------------------------------------------------------------------
 

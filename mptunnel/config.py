@@ -128,6 +128,9 @@ INSTANCES: Final = 32
 MIN_MTU: Final = 1280  # IPv6 needs it (RFC 8200, 5)
 MAX_MTU: Final = 9000
 
+MIN_ALARM_MS: Final = 10
+MAX_ALARM_MS: Final = 60_000
+
 _INSTANCE_NUMBERS = frozenset(map(str, range(INSTANCES)))
 _TABLES = 5200
 _TABLES_PER_INSTANCE = 16
@@ -191,6 +194,7 @@ class Settings:
     run_dir: Path = Path("/run/mptunnel")
     dry_run: bool = False
     offload: bool = True
+    on_event: Path | None = None
 
     def __post_init__(self) -> None:
         instance_number(self.device)
@@ -223,6 +227,7 @@ class ClientSettings(Settings):
     server_key: bytes | None = None
     wireguard: WireGuardFile | None = field(default=None, repr=False)
     idle_probe: float = 25.0
+    alarm_ms: int | None = None
 
     def __post_init__(self) -> None:
         # super() does not know the class that slots=True makes anew
@@ -231,6 +236,13 @@ class ClientSettings(Settings):
             raise ConfigError(f"{len(self.interfaces)} times -i: a tunnel has at most {MAX_PATHS} paths")
         if not 1.0 <= self.idle_probe <= 3600.0:
             raise ConfigError(f"idle probe interval {self.idle_probe:g} s is not from 1 to 3600 s; the default is 25 s")
+        if self.alarm_ms is not None and not MIN_ALARM_MS <= self.alarm_ms <= MAX_ALARM_MS:
+            raise ConfigError(
+                f"gap alarm after {self.alarm_ms} ms is not from {MIN_ALARM_MS} to {MAX_ALARM_MS} ms; "
+                "a third of it is the time between probes, 5 ms at the least"
+            )
+        if self.alarm_ms is not None and self.wireguard is not None:
+            raise ConfigError("a gap alarm needs probes, which a stock WireGuard server does not answer; leave one out")
 
 
 def instance_number(device: str) -> int:

@@ -4,8 +4,12 @@
     {"verb": "token-revoke", "ident": "..."}  -> {"ok": false, "error": "...", "exit": 2}
 
 A connection carries one question and its answer. Only root may connect (0600). The server side never blocks: it lives
-in the program's one select loop, holds at most 8 connections and drops who says nothing for 5 s. The client side, `ask`
-and `find`, is for the command line.
+in the program's one select loop, holds at most 8 connections and drops who says nothing for 5 s. The client side,
+`ask`, `listen` and `find`, is for the command line.
+
+    {"verb": "events"}                        -> {"ok": true, "result": {...}}, then a line for each event
+
+A listener stays connected until it hangs up. What it has not read yet is kept up to 256 KiB; then it is cut off.
 """
 
 from __future__ import annotations
@@ -30,14 +34,16 @@ from mptunnel.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import TypeAlias
 
     Handler: TypeAlias = Callable[[str, dict[str, Any]], object]
 
 MAX_CONNECTIONS: Final = 8
+MAX_LISTENERS: Final = 4  # of them: somebody must still be able to ask
 MAX_REQUEST: Final = 64 << 10
+MAX_UNREAD: Final = 256 << 10  # bytes that a listener may lag behind; the kernel keeps some more for it
 IDLE_TIMEOUT: Final = 5.0
 ANSWER_TIMEOUT: Final = 10.0
 MAX_FD: Final = 1024  # select() takes none above
@@ -76,6 +82,15 @@ class Pending:
             connection.answer(self._line)
 
 
+class Listening:
+    """What a handler returns to let the connection hear all that is told from now on; `result` is its answer."""
+
+    __slots__ = ("result",)
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+
+
 class ControlServer:
     """The listening side. Wait for `readers()` and `writers()`, call `ready` for each, and `expire` at the deadline."""
 
@@ -84,7 +99,7 @@ class ControlServer:
     def __init__(self, path: Path, handler: Handler) -> None:
         """Listen at `path`, whose lock the caller holds: a socket that lies there is a dead one's and is removed.
 
-        `handler(verb, arguments)` returns what json can write, or a `Pending`, or raises MptunnelError.
+        `handler(verb, arguments)` returns what json can write, a `Pending`, or `Listening`, or raises MptunnelError.
         """
         self._path = path
         self._handler = handler
@@ -100,14 +115,26 @@ class ControlServer:
         """Return the descriptors to wait for reading."""
         if not self._connections:
             return [self._listener.fileno()]
-        fds = [fd for fd, connection in self._connections.items() if connection.stage is _Stage.ASKING]
+        fds = [fd for fd, connection in self._connections.items() if connection.stage in _READING]
         if len(self._connections) < MAX_CONNECTIONS:
             fds.append(self._listener.fileno())
         return fds
 
     def writers(self) -> list[int]:
-        """Return the descriptors to wait for writing: a long answer that is still on its way."""
-        return [fd for fd, connection in self._connections.items() if connection.stage is _Stage.TAKING]
+        """Return the descriptors to wait for writing: what is still on its way there."""
+        return [fd for fd, connection in self._connections.items() if connection.unsent]
+
+    def tell(self, document: dict[str, Any]) -> None:
+        """Let everybody who listens know; who lags too far behind is cut off."""
+        listeners = self._listeners()
+        line = json.dumps(document).encode() + b"\n" if listeners else b""
+        for connection in listeners:
+            if len(connection.unsent) + len(line) > MAX_UNREAD:
+                connection.finish()
+            else:
+                connection.send(line)
+            if connection.stage is _Stage.DONE:
+                self._drop(connection)
 
     def ready(self, fd: int, now: float) -> None:
         """Accept, read or write, whichever `fd` was waited for."""
@@ -118,7 +145,9 @@ class ControlServer:
         if connection is None:
             return  # gone in this same turn
         connection.drop_at = now + IDLE_TIMEOUT
-        if connection.stage is _Stage.TAKING:
+        if connection.stage is _Stage.LISTENING:
+            connection.listen_on()
+        elif connection.stage is _Stage.TAKING:
             connection.send()
         elif connection.stage is _Stage.ASKING and (question := connection.read()) is not None:
             self._answer(question, connection)
@@ -127,12 +156,12 @@ class ControlServer:
 
     def next_deadline(self) -> float:
         """Return when `expire` has something to do; inf: never."""
-        return min((c.drop_at for c in self._connections.values() if c.stage is not _Stage.WAITING), default=math.inf)
+        return min((c.drop_at for c in self._connections.values() if c.stage not in _PATIENT), default=math.inf)
 
     def expire(self, now: float) -> None:
         """Drop the connections that are done, or have been silent for too long."""
         for connection in list(self._connections.values()):
-            if connection.drop_at <= now and connection.stage is not _Stage.WAITING:
+            if connection.drop_at <= now and connection.stage not in _PATIENT:
                 self._drop(connection)
 
     def close(self) -> None:
@@ -166,8 +195,16 @@ class ControlServer:
             return
         if isinstance(result, Pending):
             result.attach(connection)
+        elif isinstance(result, Listening) and len(self._listeners()) >= MAX_LISTENERS:
+            connection.answer(_failure(MptunnelError(f"{MAX_LISTENERS} listen already; end one of them")))
+        elif isinstance(result, Listening):
+            connection.stage = _Stage.LISTENING
+            connection.send(_success(result.result))
         else:
             connection.answer(_success(result))
+
+    def _listeners(self) -> list[_Connection]:
+        return [each for each in self._connections.values() if each.stage is _Stage.LISTENING]
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection.fileno()]
@@ -175,23 +212,31 @@ class ControlServer:
 
 
 class _Stage(enum.Enum):
-    """Where a connection stands: its question is on its way in, being worked on, its answer on its way out."""
+    """Where a connection stands: its question is on its way in, being worked on, its answer on its way out.
+
+    Or it listens: it has its answer, and hears of each event.
+    """
 
     ASKING = enum.auto()
     WAITING = enum.auto()
     TAKING = enum.auto()
+    LISTENING = enum.auto()
     DONE = enum.auto()
+
+
+_READING: Final = frozenset({_Stage.ASKING, _Stage.LISTENING})
+_PATIENT: Final = frozenset({_Stage.WAITING, _Stage.LISTENING})  # nothing is expected from there
 
 
 class _Connection:
     """One client with one question."""
 
-    __slots__ = ("_heard", "_socket", "_unsent", "drop_at", "stage")
+    __slots__ = ("_heard", "_socket", "drop_at", "stage", "unsent")
 
     def __init__(self, client: socket.socket, drop_at: float) -> None:
         self._socket = client
         self._heard = b""
-        self._unsent = b""
+        self.unsent = b""
         self.drop_at = drop_at
         self.stage = _Stage.ASKING
 
@@ -211,34 +256,48 @@ class _Connection:
         if newline:
             return question
         if not data:
-            self._finish()
+            self.finish()
         elif len(self._heard) > MAX_REQUEST:
             self.answer(_failure(ConfigError(f"a request has at most {MAX_REQUEST} bytes")))
         return None
 
     def answer(self, line: bytes) -> None:
         """Send the answer, as far as the socket takes it now."""
-        self._unsent = line
         self.stage = _Stage.TAKING
-        self.send()
+        self.send(line)
 
-    def send(self) -> None:
-        """Send on; a client that has gone needs no answer."""
+    def send(self, more: bytes = b"") -> None:
+        """Send on, and `more`; a client that has gone needs no answer."""
+        self.unsent += more
         try:
-            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            self.unsent = self.unsent[self._socket.send(self.unsent) :]
         except BlockingIOError:
             return
         except OSError:
-            self._unsent = b""
-        if not self._unsent:
-            self._finish()
+            self.finish()
+        if not self.unsent and self.stage is _Stage.TAKING:
+            self.finish()
+
+    def listen_on(self) -> None:
+        """Send on what has not gone yet; what a listener says is not heard, but that it hangs up is."""
+        try:
+            if not self._socket.recv(MAX_REQUEST):
+                self.finish()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.finish()
+        if self.unsent:
+            self.send()
 
     def close(self) -> None:
         self._socket.close()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """It is over: by the next `expire`, if nobody drops it before."""
+        self.unsent = b""
         self.stage = _Stage.DONE
-        self.drop_at = -math.inf  # by the next `expire`, if nobody does it before
+        self.drop_at = -math.inf
 
 
 def ask(path: Path, verb: str, **arguments: object) -> Any:
@@ -255,6 +314,28 @@ def ask(path: Path, verb: str, **arguments: object) -> Any:
             raise HostError(f"{path.stem} did not answer '{verb}' within {ANSWER_TIMEOUT:g} s; see its log") from None
         except OSError as error:
             raise HostError(f"{path.stem} stopped while it was asked '{verb}': {_why(error)}") from None
+    return _result(path, verb, line)
+
+
+def listen(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the program that listens at `path` tells of, as it comes, until it stops.
+
+    Raises NotRunningError where none does, and when it has stopped, or has cut us off.
+    """
+    with _connect(path, ANSWER_TIMEOUT) as connection, connection.makefile("rb") as lines:
+        try:
+            connection.sendall(b'{"verb": "events"}\n')
+            _result(path, "events", lines.readline())
+            connection.settimeout(None)
+            for line in lines:
+                yield json.loads(line)
+        except (OSError, ValueError) as error:
+            raise HostError(f"{path.stem} stopped while it was listened to: {error}") from None
+    raise NotRunningError(f"{path.stem} has stopped, or what it told was not read")
+
+
+def _result(path: Path, verb: str, line: bytes) -> Any:
+    """Return the result in an answer, or raise the error in it."""
     try:
         answer = json.loads(line)
         if answer["ok"]:

@@ -1,7 +1,11 @@
-"""What the core asks of the world: sockets, scripts, files, names. The loop takes these up and reports back."""
+"""What the core asks of the world: sockets, scripts, files, names; and what it lets it know: notices.
+
+The loop takes these up and reports back.
+"""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,6 +98,47 @@ class Resolve:
     port: int
 
 
+class NoticeKind(enum.Enum):
+    """What has happened to a path, to a client's tunnel as a whole, or (at a server) to a client."""
+
+    PATH_UP = "path-up"
+    PATH_SLOW = "path-slow"
+    PATH_DOWN = "path-down"
+    PATH_WAITING = "path-waiting"  # for its interface, or an address
+    TUNNEL_UP = "tunnel-up"
+    TUNNEL_SILENT = "tunnel-silent"
+    GAP = "gap"
+    GAP_OVER = "gap-over"
+    CLIENT_UP = "client-up"
+    CLIENT_GONE = "client-gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that whoever looks after the tunnel may want to act on; it has been logged already.
+
+    `wall` is wall-clock time (s since 1970), `peer` the other side's name, `path` the path's (at a server its number),
+    "" where the notice is of none. `values` says more: numbers, or words for people.
+    """
+
+    kind: NoticeKind
+    wall: float
+    peer: str
+    path: str = ""
+    interface: str = ""
+    values: Mapping[str, str | float] = field(default_factory=dict)
+
+    def document(self) -> dict[str, str | float]:
+        """Return it as it is told outside: as JSON and, in capitals, as environment variables.
+
+        `interface` apart, which subcommands ignore, no key may be an option's name: MPTUNNEL_ in front of it would make
+        it one for the `mptunnel` that such a program may start.
+        """
+        place = {"path": self.path, "interface": self.interface}
+        named = {name: text for name, text in place.items() if text}
+        return {"event": self.kind.value, "time": round(self.wall, 3), "peer": self.peer, **named, **self.values}
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """The run cannot go on."""
@@ -102,4 +147,4 @@ class Stop:
 
 
 Job = RunScript | SaveState | Resolve
-Event = OpenPath | ClosePath | RunScript | SaveState | Resolve | Stop
+Event = OpenPath | ClosePath | RunScript | SaveState | Resolve | Stop | Notice

@@ -72,10 +72,15 @@ def environment(verb: str, values: Mapping[str, object]) -> dict[str, str]:
     """
     if not _VERB.fullmatch(verb):
         raise TypeError(f"{verb!a} is no verb")
-    path = os.environ.get("PATH", os.defpath).split(":")
-    variables = {"PATH": ":".join([*path, *(each for each in _SBIN if each not in path)]), "LC_ALL": "C"}
+    variables = {"PATH": search_path(), "LC_ALL": "C"}
     variables.update({f"MPT_{name.upper()}": _text(name, value, " ,") for name, value in values.items()})
     return variables
+
+
+def search_path() -> str:
+    """Return the PATH of what we run: ours, with the directories of ip and nft behind it."""
+    path = os.environ.get("PATH", os.defpath).split(":")
+    return ":".join([*path, *(each for each in _SBIN if each not in path)])
 
 
 class Host:

@@ -21,9 +21,10 @@ from mptunnel import host, netlink, udp
 from mptunnel.config import (
     Fields,
 )
-from mptunnel.control import ControlServer, Pending
+from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
-from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState, Stop
+from mptunnel.hook import Hook
 from mptunnel.tun import BATCH
 from mptunnel.worker import Worker
 
@@ -79,6 +80,7 @@ class Loop:
         self._watch(tun.fileno(), self._tun_ready)
         self._watch(self._worker.fileno(), self._worker_ready)
         self._control: ControlServer | None = None
+        self._hook = Hook(settings.on_event) if settings.on_event else None
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
@@ -204,11 +206,21 @@ class Loop:
         match event:
             case SaveState() | RunScript() | Resolve():
                 self._worker.submit(event)
+            case Notice():
+                self._tell(event)
             case Stop():
                 self._error = event.error
                 self._is_stopping = True
             case _:
                 raise AssertionError(event)
+
+    def _tell(self, notice: Notice) -> None:
+        """Let those know who listen, and the user's program."""
+        document = {"device": self._tun.name, **notice.document()}
+        if self._control is not None:
+            self._control.tell(document)
+        if self._hook is not None:
+            self._hook.submit(document)
 
     def _perform(self, job: Job | Snapshot) -> object:
         """Do what may block; in the worker's thread."""
@@ -267,6 +279,8 @@ class Loop:
         self._worker.close()
         self.close_sockets()
         self._tun.close()
+        if self._hook is not None:
+            self._hook.close()
 
     def close_sockets(self) -> None:
         """Close every socket of the data path."""
@@ -275,6 +289,8 @@ class Loop:
     # -- control ---------------------------------------------------------------------------------------
 
     def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
+        if verb == "events":
+            return Listening({"device": self._tun.name})
         reply = self._role.control(verb, Fields(arguments, verb), now())
         if verb == "status":
             return self._with_what_we_know(reply.result)
@@ -289,6 +305,7 @@ class Loop:
         queues = {
             "receive queue full": sum(sock.overruns for sock in self._sockets_in_use()),
             "device queue full": netlink.device_drops(self._tun.name),
+            "event not told to --on-event": self._hook.dropped if self._hook is not None else 0,
         }
         drops = status["drops"] | {name: count for name, count in queues.items() if count}
         more = {"device": self._tun.name, "pid": os.getpid(), "offload": self._offload()}

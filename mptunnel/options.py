@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
 import tomllib
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     Given = Mapping[str, Any]
     Labels = Mapping[str, str]
 
-_CLIENT_ONLY = ("interface", "join", "server_key", "wireguard", "route", "dns", "idle_probe")
+_CLIENT_ONLY = ("interface", "join", "server_key", "wireguard", "route", "dns", "idle_probe", "alarm")
 _SERVER_ONLY = ("network", "lan")
 _NOT_IN_FILE = frozenset({"config", "help", "version"})
 _WIREGUARD_PORT: Final = 51820
@@ -88,6 +89,8 @@ def client_settings(given: Given, labels: Labels) -> tuple[ClientSettings, list[
         common["mtu"] = max(file.mtu, _MIN_MTU)
     if "idle_probe" in given:
         common["idle_probe"] = given["idle_probe"]
+    if "alarm" in given:
+        common["alarm_ms"] = given["alarm"]
     dns_mode, dns = parse_dns(given.get("dns", ()))
     routes = parse_routes(given.get("route", ()))
     if file is not None and "dns" not in given:
@@ -175,6 +178,8 @@ def _common(given: Given) -> dict[str, Any]:
         values["no_script"] = True
     elif "script" in given:
         values["script"] = _script(Path(given["script"]))
+    if "on_event" in given:
+        values["on_event"] = _program(Path(given["on_event"]))
     return values
 
 
@@ -188,6 +193,21 @@ def _script(path: Path) -> Path:
         ) from None
     if not stat.S_ISREG(mode):
         raise ConfigError(f"--script {path}: not a file; give a file, or 'none'")
+    return path.absolute()
+
+
+def _program(path: Path) -> Path:
+    """Return the absolute path of a program. Raises ConfigError where it cannot be run."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(
+            f"--on-event {path}: {(error.strerror or str(error)).lower()}; give a program's path"
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"--on-event {path}: not a file; give a program's path")
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"--on-event {path}: cannot be executed; chmod +x {path}")
     return path.absolute()
 
 

@@ -24,6 +24,7 @@ import enum
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+from mptunnel.events import NoticeKind
 from mptunnel.messages import Probe, Record, Use
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ PROBE_SPACING: Final = 0.02
 COPIES_WHILE_SILENT: Final = 30.0
 DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
-MAX_PENDING: Final = 256
+MAX_PENDING: Final = 1024  # 5 s of probes at the fastest, those of a gap alarm
 FRESH_FOR: Final = 3.0
 MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
 IDLE_SLACK: Final = 5.0
@@ -49,6 +50,7 @@ CHALLENGE_LIFETIME: Final = 3.0
 CHALLENGE_SPACING: Final = 0.25
 TOKEN_SIZE: Final = 16
 LOSS_SPAN: Final = 10.0  # s: over what time a loss is shown
+LOSS_STEP: Final = 0.1  # and how finely that time is cut
 MAX_ANSWERS: Final = 256  # a second and path
 
 _MOD32: Final = 1 << 32
@@ -68,6 +70,16 @@ class PathState(enum.Enum):
     FRESH = "fresh"
     IDLE = "idle"
     LAPSED = "lapsed"
+
+
+NOTICES: Final = {  # what is told outside when a path has entered a state
+    PathState.WAITING: NoticeKind.PATH_WAITING,
+    PathState.UP: NoticeKind.PATH_UP,
+    PathState.SLOW: NoticeKind.PATH_SLOW,
+    PathState.DOWN: NoticeKind.PATH_DOWN,
+    PathState.FRESH: NoticeKind.PATH_UP,
+    PathState.LAPSED: NoticeKind.PATH_DOWN,
+}
 
 
 class Allowance:
@@ -137,6 +149,8 @@ class LossMeter:
         return min(1.0, max(0.0, (lost - lost_0) / (sent - sent_0))) if sent > sent_0 else None
 
     def _add(self, now: float) -> None:
+        if len(self._recent) > 1 and now - self._recent[-2][0] < LOSS_STEP:
+            self._recent.pop()
         self._recent.append((now, self.sent, self.lost))
         while self._recent[0][0] < now - LOSS_SPAN:
             self._recent.popleft()
@@ -223,8 +237,8 @@ class ClientPath(Path):
 
     __slots__ = (
         "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
-        "heard_at", "interface", "is_open", "last_probe_at", "min_rtt", "name", "port", "probe_at", "proof_tries",
-        "proven_at", "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
+        "heard_at", "interface", "is_open", "last_probe_at", "min_rtt", "name", "padded_at", "port", "probe_at",
+        "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -250,6 +264,7 @@ class ClientPath(Path):
         self._was_challenged = False  # and has not been answered since
         self._bytes_since_probe = 0
         self.was_padded = False  # the last probe
+        self.padded_at = -_INF  # when a padded one went out last
         self.echoed = 0  # highest ECHO number
         self.heard_at = -_INF  # when anything was heard here last
         self.unanswered = 0
@@ -315,6 +330,8 @@ class ClientPath(Path):
         self._pending[self._seq] = (now, self.tx + 1, padded)
         self.unanswered += 1
         self.was_padded = padded > 0
+        if padded:
+            self.padded_at = now
         if self.silent_since == _INF:
             self.silent_since = now
         self.last_probe_at = now
@@ -397,8 +414,8 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "is_told", "number",
-        "refreshed_at", "reported", "seq", "unasked_at", "use",
+        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "is_told",
+        "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -406,6 +423,7 @@ class ServerPath(Path):
         self.state = PathState.CANDIDATE
         self.endpoint: Any = None
         self.candidate: Candidate | None = None
+        self.is_told_up = False  # by a notice
         self._order = (-1, -1)  # session and counter of the newest probe
         self._heard = -_INF
         self.refreshed_at = -_INF
@@ -416,7 +434,7 @@ class ServerPath(Path):
         self.seq = 0
         self.unasked_at = _INF
         self.use = Use.DATA
-        self._tx_at: deque[tuple[int, int]] = deque(maxlen=64)  # our `tx` at the newest ECHOs
+        self._tx_at: deque[int] = deque(maxlen=256)  # our `tx` at the newest ECHOs, the last of them `number`
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
 
     @property
@@ -464,10 +482,9 @@ class ServerPath(Path):
             self.loss_down.restart()
             self._tx_at.clear()
         self.loss_up.count(probe.tx, self.rx, now)
-        if not self.is_told:
-            for number, tx in self._tx_at:
-                if number == probe.echoed:
-                    self.loss_down.count(tx, probe.rx, now)
+        since = self.number - probe.echoed  # ECHOs since the one it has heard last
+        if not self.is_told and probe.echoed and 0 <= since < len(self._tx_at):
+            self.loss_down.count(self._tx_at[-1 - since], probe.rx, now)
         self.reported = max(self.reported, min(probe.echoed, self.number))
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
@@ -484,7 +501,7 @@ class ServerPath(Path):
     def next_number(self) -> int:
         """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""
         self.number += 1
-        self._tx_at.append((self.number, self.tx + 1))
+        self._tx_at.append(self.tx + 1)
         return self.number
 
     def refresh(self, now: float) -> None:

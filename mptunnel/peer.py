@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages, noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
-from mptunnel.events import Transmit
+from mptunnel.events import Notice, Transmit
 from mptunnel.history import Told
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator, Sequence
 
+    from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
     from mptunnel.path import Path
 
@@ -654,6 +655,12 @@ class Peer:
     def received(self) -> dict[str, int]:
         """IP packets that came in, and their bytes."""
         return {"packets": self.packets_received, "bytes": self.bytes_received}
+
+    def notice(
+        self, kind: NoticeKind, now: float, path: str = "", interface: str = "", **values: str | float
+    ) -> Notice:
+        """Return word of what happens to this peer now, for those outside who listen."""
+        return Notice(kind, now + self.identity.timestamps.offset, self.name, path, interface, values)
 
     # -- what a peer of ours does differently ----------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What `status`, `token list` and `peer list` print for people. Pure: from the status object (format 1) to text.
+"""What `status`, `events`, `token list` and `peer list` print for people: from the status object (format 1) to text.
 
 The receipts come first: what redundancy saved, what was lost on every path, the longest gap; and under the paths what
 each of them alone would have meant.
@@ -6,6 +6,7 @@ each of them alone would have meant.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.errors import ConfigError
@@ -21,6 +22,7 @@ _NONE: Final = "-"
 _DIRECTION_HEAD = ("tunnel", "packets", "bytes", "saved", "lost", "longest gap")
 _PATH_HEAD = ("path", "state", "round trip", "lost up", "down", "first", "sent", "received", "")
 _RIGHT = frozenset({"lost up", "down", "first", "sent", "received"})
+_EVENT_PLACES = frozenset({"event", "time", "device", "peer", "path", "interface"})
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -61,6 +63,26 @@ def receipts_line(receipts: Object | None) -> str:
         f"redundancy saved {packets(saved)}{_outages(known)}; lost on every path {count(lost)}; "
         f"longest gap {milliseconds(gap)}"
     )
+
+
+def event_text(event: Object) -> str:
+    """Return `12:03:04.567 path-down wlan0: 3 probes unanswered, last heard 1.2 s ago`, in local time."""
+    seconds = float(event.get("time", 0.0))
+    clock = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{int(seconds * 1000) % 1000:03d}"
+    path, interface = event.get("path", ""), event.get("interface", "")
+    where = " ".join(
+        filter(None, (str(event.get("peer", "")), path, f"({interface})" if interface not in {"", path} else ""))
+    )
+    said = [_event_word(name, value) for name, value in event.items() if name not in _EVENT_PLACES]
+    return f"{clock} {event.get('event', _NONE)} {where}" + (f": {', '.join(said)}" if said else "")
+
+
+def _event_word(name: str, value: Any) -> str:
+    if name == "why":
+        return str(value)
+    if name.endswith("_ms"):
+        return f"{name.removesuffix('_ms')} {milliseconds(value)}"
+    return f"{name} {value}"
 
 
 def tokens_text(tokens: Iterable[Object], now: float) -> str:

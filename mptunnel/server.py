@@ -17,7 +17,7 @@ from mptunnel import __version__, noise
 from mptunnel.clientpeer import ClientPeer, JoinPeer
 from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
-from mptunnel.events import RunScript, SaveState
+from mptunnel.events import Notice, RunScript, SaveState
 from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult
 from mptunnel.packet import MIN_MTU, VNET_SIZE, destination, split
 from mptunnel.register import Register, Reply
@@ -243,6 +243,8 @@ class Server(Role):
             for item in news:
                 if item is None:
                     self.register.confirmed(peer.record.public_key, now)
+                elif isinstance(item, Notice):
+                    self._events.append(item)
                 else:
                     self._route_with_mtu(peer, item or MIN_MTU)
         elif isinstance(peer, JoinPeer):
@@ -339,6 +341,8 @@ class Server(Role):
         peer = self._peers.pop(record.public_key, None)
         if peer is not None:
             peer.close(CloseReason.NOT_ADMITTED, now, self._out)
+            peer.gone("it is removed", now)
+            self._after(peer, now)
             peer.forget_keys()
             peer.endpoint = None  # a stock peer that was being called must not be let in by its answer
             peer.scheduled_at = INF  # its place in the heap is void

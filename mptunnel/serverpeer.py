@@ -10,7 +10,8 @@ every fresh initiation that follows an unanswered one. That server learns at onc
 20 of them the server is taken for a stock WireGuard server.
 
 **Probes.** In use (an IP packet either way in the last 10 s): every 250 ms on every path that has a socket, and after
-every 32 KiB on a path, at most one in 20 ms. Otherwise every `idle_probe` seconds; an unanswered one is followed up
+every 32 KiB on a path, at most one in 20 ms. With a gap alarm (`alarm`) the tunnel always counts as in use, and probes
+are as frequent as that needs. Otherwise every `idle_probe` seconds; an unanswered one is followed up
 every second until it is clear that the path is down. When no ECHO came on any path for max(0.75 s, 3 RTT) although
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
 
@@ -26,6 +27,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
+from mptunnel.events import Notice, NoticeKind
 from mptunnel.history import Told
 from mptunnel.messages import (
     MAX_PATHS,
@@ -45,7 +47,7 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
+from mptunnel.path import NOTICES, PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
 from mptunnel.session import REKEY_TIMEOUT
@@ -62,6 +64,7 @@ from mptunnel.timers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from mptunnel.alarm import Alarm
     from mptunnel.events import Transmit
     from mptunnel.noise import Remote
     from mptunnel.packet import Buffer
@@ -82,7 +85,7 @@ MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
 RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
 
 
-News = Hello | Address | Enrolled | Close | int  # int: the tunnel's MTU has changed to this
+News = Hello | Address | Enrolled | Close | Notice | int  # int: the tunnel's MTU has changed to this
 
 
 class ServerPeer(Peer):
@@ -107,6 +110,7 @@ class ServerPeer(Peer):
         is_stock: bool = False,
         enrol: Enrol | None = None,
         allows: Callable[[bytes], bool] | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
         super().__init__(identity, remote, name, mtu, now)
         self.paths = paths
@@ -123,6 +127,8 @@ class ServerPeer(Peer):
         self._idle_probe = idle_probe
         self._enrol = enrol
         self._permits = allows
+        self._alarm = alarm
+        self._probe_interval = PROBE_INTERVAL if alarm is None else alarm.interval  # in use
         self._started_at = now
         self._silent_from = now  # since when handshakes go unanswered
         self._answered_at = -INF
@@ -190,8 +196,11 @@ class ServerPeer(Peer):
         return not (self.is_multipath or self.is_ours)
 
     def in_use(self, now: float) -> bool:
-        """Whether an IP packet went either way in the last 10 s (or the tunnel has only just come up)."""
-        return now - self.data_at < IN_USE or now - self._begun_at < IN_USE
+        """Whether an IP packet went either way in the last 10 s (or the tunnel has only just come up).
+
+        Always with an alarm: who wants to know within milliseconds wants to know also while no data flows.
+        """
+        return self._alarm is not None or now - self.data_at < IN_USE or now - self._begun_at < IN_USE
 
     # -- sending and receiving -------------------------------------------------------------------------
 
@@ -216,8 +225,10 @@ class ServerPeer(Peer):
         out: list[Transmit],
     ) -> bool:
         """See `Peer.receive`; the first packets after a pause also make every path known again."""
-        was_idle = now - self.data_at >= IN_USE and not self.in_use(now)
+        was_idle, before = now - self.data_at >= IN_USE and not self.in_use(now), self.packets_received
         is_new = super().receive(session, datagrams, size, source, now, inbox, out)
+        if self.packets_received != before and self._alarm is not None:
+            self._alarm_answered(self._alarm, now)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
         if is_new and self.is_stock:
@@ -264,11 +275,13 @@ class ServerPeer(Peer):
         used, self._single = self._single, next((n for n in ids if n > self._single), ids[0] if ids else -1)
         if self.is_stock and self._single != used and used in ids and self.paths[used].given_up(now):
             log.info("path %s silent: trying %s", self.paths[used].name, self.paths[self._single].name)
+            self.tell_path(self.paths[used], now, why="silent, another one is tried")
 
     def _lives(self, path: ClientPath | None, now: float) -> None:
         """Something authentic came by a path from a stock server, which answers no probe."""
         if path is not None and path.is_open and path.answered(now):
             log.info("path %s up: it alone is used, the server is a stock one", path.name)
+            self.tell_path(path, now)
 
     def path_at(self, source: Any) -> ClientPath | None:
         """Return the path of this id."""
@@ -491,10 +504,13 @@ class ServerPeer(Peer):
         if proven is None:
             return
         self._echoed_at = now
+        if self._alarm is not None:
+            self._alarm_answered(self._alarm, now)
         if path.answered(now):
             log.info(
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
             )
+            self.tell_path(path, now, rtt_ms=round((path.rtt or 0) * 1e3, 3))
             path.probe_at = min(path.probe_at, now)  # what size does it carry?
         if path.carries <= proven <= size and proven:  # it came back as long as the probe was
             path.carries, path.proven_at, path.proof_tries = proven, now, 0
@@ -521,7 +537,7 @@ class ServerPeer(Peer):
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         in_use = self.in_use(now)
         follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
-        interval = PROBE_INTERVAL if in_use else FOLLOW_UP if follows_up else self._idle_probe
+        interval = self._probe_interval if in_use else FOLLOW_UP if follows_up else self._idle_probe
         padded = self._size_to_prove(path, now)
         others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
         plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded)
@@ -533,6 +549,8 @@ class ServerPeer(Peer):
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
         due = self.timers.next_deadline()
+        if self._alarm is not None:
+            due = min(due, self._alarm.due_at(self.heard_at))
         if self.current is not None and self.speaks:
             for path in self.paths.values():
                 if path.is_open and path.probe_at < due:
@@ -542,6 +560,10 @@ class ServerPeer(Peer):
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
         super().handle_timeout(now, out)
+        if self._alarm is not None and self._alarm.raised(self.heard_at, now):
+            silent_ms = (now - self.heard_at) * 1e3
+            log.warning("gap: nothing has come from %s for %.0f ms", self.name, silent_ms)
+            self.news.append(self.notice(NoticeKind.GAP, now, silent_ms=round(silent_ms, 1)))
         if not self.speaks or self.current is None:
             return
         if not self.current.is_alive(now):
@@ -560,6 +582,11 @@ class ServerPeer(Peer):
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
         log.info("path %s down: %d probes unanswered, %s", path.name, path.unanswered - 1, heard)
+        self.tell_path(path, now, why=f"{path.unanswered - 1} probes unanswered, {heard}")
+
+    def tell_path(self, path: ClientPath, now: float, **values: str | float) -> None:
+        """Let the world know the state that `path` has just entered."""
+        self.news.append(self.notice(NOTICES[path.state], now, path.name, path.interface, **values))
 
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
@@ -577,14 +604,24 @@ class ServerPeer(Peer):
                 self._silent_from = now
             self._want_handshake(now, out)
 
+    def _alarm_answered(self, alarm: Alarm, now: float) -> None:
+        """A probe was answered, or data came: that ends a gap."""
+        lasted = alarm.answered(now)
+        if lasted is not None:
+            log.warning("gap over: %s is back after %.0f ms", self.name, lasted * 1e3)
+            self.news.append(self.notice(NoticeKind.GAP_OVER, now, lasted_ms=round(lasted * 1e3, 1)))
+
     # -- MTU -------------------------------------------------------------------------------------------
 
     def _size_to_prove(self, path: ClientPath, now: float) -> int:
         """The size that the next probe of `path` is padded to, 0 for a small one.
 
-        Every other probe is small: a size that does not pass must not make the path look dead.
+        Every other probe is small: a size that does not pass must not make the path look dead; and however often
+        probes go out, an answer has the time of a round trip.
         """
         is_heard = now - path.heard_at <= max(1.0, 4 * (path.rtt or 0.0))
+        if now - path.padded_at < max(2 * PROBE_SPACING, path.rtt or 0.0):
+            return 0
         if path.state is not PathState.UP or path.was_padded or not is_heard:
             return 0
         if path.carries:

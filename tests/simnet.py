@@ -37,7 +37,7 @@ from mptunnel.config import (
     tokens_from_document,
     tokens_to_document,
 )
-from mptunnel.events import ClosePath, Endpoint, Event, OpenPath, Resolve, RunScript, SaveState, Stop, Transmit
+from mptunnel.events import ClosePath, Endpoint, Event, Notice, OpenPath, Resolve, RunScript, SaveState, Stop, Transmit
 from mptunnel.messages import HEADER_SIZE, TRANSPORT, TRANSPORT_HEADER, Control
 from mptunnel.noise import StaticKey
 from mptunnel.packet import PLAIN
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from mptunnel.clientpeer import ClientPeer
+    from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
     from mptunnel.serverpeer import ServerPeer
 
@@ -148,6 +149,7 @@ class Simnet:
         self.failing: set[str] = set()  # files that cannot be written
         self.scripts: list[tuple[str, str, dict[str, Any]]] = []
         self.stopped: list[Stop] = []
+        self.notices: list[tuple[float, str, Notice]] = []  # when, of which side
         self.open: dict[int, int] = {}  # client's sockets: path -> local port
         self.at_client: list[tuple[float, bytes]] = []
         self.at_server: list[tuple[float, bytes]] = []
@@ -448,6 +450,8 @@ class Simnet:
                     self.open.pop(event.path, None)
                 case Stop():
                     self.stopped.append(event)
+                case Notice():
+                    self.notices.append((self.now, side, event))
                 case SaveState() if self.held is not None:
                     self.held.append(event)
                 case SaveState():
@@ -515,6 +519,14 @@ class Simnet:
         """When control messages of a kind entered the wires, of those that still can be opened."""
         sent = ((at, self.plaintext(side, datagram)) for at, datagram in self.sent(TRANSPORT, side, number, since))
         return [at for at, plain in sent if plain and plain[0] == kind]
+
+    def told(self, side: str, *kinds: NoticeKind, since: float = 0.0) -> list[tuple[float, dict[str, Any]]]:
+        """What one side has told of (these kinds of) happenings, and when."""
+        return [
+            (at, notice.document())
+            for at, who, notice in self.notices
+            if who == side and at >= since and (not kinds or notice.kind in kinds)
+        ]
 
     def to_strangers(self, endpoint: Endpoint | None = None) -> list[bytes]:
         """What the server has sent to an address that no wire leads from."""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -30,9 +31,10 @@ from mptunnel.config import (
     parse_wireguard,
     public_key,
 )
-from mptunnel.control import ControlServer
-from mptunnel.errors import RefusedError
+from mptunnel.control import ControlServer, Listening
+from mptunnel.errors import NotRunningError, RefusedError
 from mptunnel.state import StateDir
+from tests.running import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,6 +108,15 @@ def listening(path: Path, answers: dict[str, Any]) -> Iterator[None]:
         stop.set()
         thread.join()
         server.close()
+
+
+def _links(process: int) -> list[str]:
+    """What a process's descriptors are."""
+    found = []
+    for each in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(each.readlink()))
+    return found
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -202,6 +213,10 @@ def test_a_token_on_the_command_line_is_taken_with_a_warning(runs: Runs, capsys:
         (["-s", "-p", "70000"], "port 70000 is not a number"),
         (["-s", "-p", "0"], "port 0 is not a number"),
         (["-c", "x", "--idle-probe", "0"], "idle probe interval 0 s"),
+        (["-c", "x", "--alarm", "5"], "gap alarm after 5 ms is not from 10 to 60000 ms"),
+        (["-s", "--alarm", "100"], "--alarm is for the client"),
+        (["-s", "--on-event", "/nowhere"], "--on-event /nowhere: no such file or directory"),
+        (["-c", "x", "--on-event", "/etc"], "--on-event /etc: not a file"),
         (["-s", "-p", "x"], "-p: 'x' is not a valid integer"),
         (["-s", "-t", "tun0"], "mpt0 to mpt31"),
         (["-s", "-v", "-q"], "-v and -q exclude each other"),
@@ -407,6 +422,64 @@ def test_status_tells_by_exit_code_whether_all_is_well(
     with listening(tmp_path / "run" / "mpt0.sock", {"status": status}):
         assert cli.run(["status", "--exit-code", *places]) == code
         assert cli.run(["status", *places]) == 0
+
+
+def test_events_are_printed_as_they_come_until_the_program_stops(
+    capsys: pytest.CaptureFixture[str], places: list[str], stand_in: Callable[..., None]
+) -> None:
+    code, line = refused(capsys, "events", *places)
+    assert code == 3
+    assert "start it with -s or -c" in line
+    told = [
+        {"event": "path-down", "time": 0.25, "device": "mpt0", "peer": "vpn", "path": "wlan0", "why": "silent"},
+        {"event": "gap", "time": 1.0, "device": "mpt0", "peer": "vpn", "silent_ms": 100.2},
+    ]
+
+    def listen(path: Path) -> Iterator[dict[str, Any]]:
+        assert path.name == "mpt0.sock"
+        yield from told
+        raise NotRunningError("mpt0 has stopped")
+
+    stand_in("control", listen=listen, find=lambda run_dir, _: [run_dir / "mpt0.sock"])
+    assert cli.run(["events", *places]) == 3
+    out, err = capsys.readouterr()
+    assert [line.partition(" ")[2] for line in out.splitlines()] == [
+        "path-down vpn wlan0: silent",
+        "gap vpn: silent 100 ms",
+    ]
+    assert err == "mptunnel: mpt0 has stopped\n"
+    assert cli.run(["events", "--json", *places]) == 3
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told
+
+
+def test_events_of_several_instances_want_a_choice(
+    capsys: pytest.CaptureFixture[str], places: list[str], stand_in: Callable[..., None]
+) -> None:
+    stand_in("control", find=lambda run_dir, _: [run_dir / "mpt0.sock", run_dir / "mpt1.sock"])
+    code, line = refused(capsys, "events", *places)
+    assert code == 2
+    assert "several run (mpt0, mpt1): choose one by -t" in line
+
+
+def test_ctrl_c_ends_the_events_without_a_word(places: list[str], tmp_path: Path) -> None:
+    with listening(tmp_path / "run" / "mpt0.sock", {"events": Listening({})}):
+        command = [sys.executable, "-m", "mptunnel", "events", *places]
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_until(lambda: "socket:" in "".join(_links(process.pid)), "it listens")
+        process.send_signal(signal.SIGINT)
+        assert b"".join(process.communicate(timeout=20)).strip() == b""
+        assert process.returncode == 130
+
+
+def test_watching_is_for_people_at_a_terminal(
+    capsys: pytest.CaptureFixture[str], places: list[str], tmp_path: Path
+) -> None:
+    assert "start it with -s or -c" in refused(capsys, "status", "--watch", *places)[1]
+    with listening(tmp_path / "run" / "mpt0.sock", {"status": CLIENT_STATUS}):
+        code, line = refused(capsys, "status", "--watch", *places)
+        assert code == 2
+        assert "--watch draws on a terminal" in line
+        assert "--json and --exit-code are for programs" in refused(capsys, "status", "--watch", "--json", *places)[1]
 
 
 def test_a_new_token_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str], places: list[str]) -> None:

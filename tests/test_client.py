@@ -27,7 +27,7 @@ from mptunnel.config import (
     wireguard_text,
 )
 from mptunnel.errors import ConfigError, RefusedError, UnreachableError
-from mptunnel.events import ClosePath, OpenPath, Resolve, RunScript, SaveState
+from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState
 from mptunnel.messages import INITIATION, TRANSPORT, Control
 from mptunnel.packet import PLAIN
 from mptunnel.path import PathState
@@ -265,13 +265,13 @@ def done(client: Client, events: list[Event], now: float = 1000.0) -> list[Event
 
 
 def settled(client: Client, now: float = 1000.0) -> list[Event]:
-    """Do all that is asked, and what that leads to; return all of it."""
+    """Do all that is asked, and what that leads to; return all of it but what is saved and told."""
     found: list[Event] = []
     events = client.events()
     while events:
         found += events
         events = done(client, events, now)
-    return [event for event in found if not isinstance(event, SaveState)]
+    return [event for event in found if not isinstance(event, SaveState | Notice)]
 
 
 def test_a_path_gets_its_rule_first_and_then_its_socket() -> None:

@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mptunnel import control
-from mptunnel.control import MAX_CONNECTIONS, MAX_REQUEST, ControlServer, Pending, ask, find
+from mptunnel.control import (
+    MAX_CONNECTIONS,
+    MAX_LISTENERS,
+    MAX_REQUEST,
+    MAX_UNREAD,
+    ControlServer,
+    Listening,
+    Pending,
+    ask,
+    find,
+    listen,
+)
 from mptunnel.errors import (
     ConfigError,
     HostError,
@@ -333,3 +344,142 @@ def test_live_sockets_are_found_by_instance_and_dead_ones_are_not(tmp_path: Path
         assert find(tmp_path, "mpt2") == [paths[1]]
         assert find(tmp_path, "mpt1") == []
     assert find(tmp_path / "no") == []
+
+
+# -- listeners ---------------------------------------------------------------------------------------------
+
+
+def heard(client: socket.socket) -> list[Any]:
+    """Return the lines that have come by now."""
+    client.setblocking(False)
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while more := client.recv(1 << 16):
+            data += more
+    return [json.loads(line) for line in data.splitlines()]
+
+
+@pytest.fixture
+def teller(path: Path) -> Iterator[ControlServer]:
+    def answer(verb: str, arguments: dict[str, Any]) -> object:
+        return Listening({"device": "mpt0"}) if verb == "events" else echo(verb, arguments)
+
+    with contextlib.closing(ControlServer(path, answer)) as listening:
+        yield listening
+
+
+def test_who_listens_hears_what_is_told_from_then_on_and_is_never_dropped_for_silence(
+    teller: ControlServer, path: Path, clients: list[socket.socket]
+) -> None:
+    teller.tell({"event": "gap", "n": 0})
+    listeners = [connect(path, clients, b'{"verb":"events"}\n') for _ in range(2)]
+    settle(teller, now=1.0)
+    assert teller.next_deadline() == math.inf
+    teller.expire(1e9)
+    for number in (1, 2):
+        teller.tell({"event": "gap", "n": number})
+    for each in listeners:
+        assert heard(each) == [{"ok": True, "result": {"device": "mpt0"}}, *({"event": "gap", "n": n} for n in (1, 2))]
+    assert asked(teller, path, "quick")["verb"] == "quick"
+
+
+def test_a_listener_that_does_not_read_is_cut_off_and_the_others_hear_on(
+    teller: ControlServer, path: Path, clients: list[socket.socket]
+) -> None:
+    slow, good = (connect(path, clients, b'{"verb":"events"}\n') for _ in range(2))
+    settle(teller)
+    told = {"event": "path-down", "why": "x" * 1000}
+    count = 0
+    while len(teller.readers()) == 3:
+        teller.tell(told)
+        turn(teller)
+        assert heard(good)[-1] == told
+        count += 1
+        assert count < 2000
+    assert count * 1000 > MAX_UNREAD
+    teller.tell(told)
+    assert heard(good) == [told]
+    assert not teller.writers()
+    slow.settimeout(5)
+    with contextlib.suppress(ConnectionResetError):
+        while slow.recv(1 << 16):
+            pass
+
+
+def test_a_listener_that_was_slow_for_a_while_misses_nothing(
+    teller: ControlServer, path: Path, clients: list[socket.socket]
+) -> None:
+    client = connect(path, clients, b'{"verb":"events"}\n')
+    settle(teller)
+    sent = 0
+    while not teller.writers():
+        teller.tell({"n": sent, "why": "x" * 1000})
+        sent += 1
+    teller.tell({"n": sent, "why": ""})
+    read: list[Any] = []
+    data = b""
+    while not data.endswith(b'"why": ""}\n'):
+        data += client.recv(1 << 16)
+        turn(teller)
+    read = [json.loads(line) for line in data.splitlines()][1:]
+    assert [each["n"] for each in read] == list(range(sent + 1))
+    assert not teller.writers()
+
+
+def test_a_listener_that_hangs_up_or_talks_on_harms_nobody(
+    teller: ControlServer, path: Path, clients: list[socket.socket]
+) -> None:
+    client = connect(path, clients, b'{"verb":"events"}\n')
+    settle(teller)
+    client.sendall(b"what else?\n")
+    settle(teller)
+    assert len(teller.readers()) == 2
+    client.close()
+    settle(teller)
+    assert len(teller.readers()) == 1
+    gone = connect(path, clients, b'{"verb":"events"}\n')
+    settle(teller)
+    gone.close()
+    teller.tell({"event": "gap"})
+    teller.tell({"event": "gap"})
+    settle(teller)
+    assert len(teller.readers()) == 1
+
+
+def test_four_may_listen_so_that_others_can_still_ask(
+    teller: ControlServer, path: Path, clients: list[socket.socket]
+) -> None:
+    for _ in range(MAX_LISTENERS):
+        connect(path, clients, b'{"verb":"events"}\n')
+    fifth = connect(path, clients, b'{"verb":"events"}\n')
+    settle(teller)
+    assert "4 listen already" in answer(fifth)["error"]
+    assert asked(teller, path, "quick")["verb"] == "quick"
+
+
+def test_listening_yields_each_event_and_ends_when_the_program_does(path: Path) -> None:
+    teller = ControlServer(path, lambda *_: Listening({}))
+    with contextlib.closing(teller), ThreadPoolExecutor() as pool:
+        stream = listen(path)
+        first = pool.submit(next, stream)
+        while not teller.is_busy:
+            turn(teller, wait=0.01)
+        settle(teller)
+        while not first.done():
+            teller.tell({"event": "gap"})
+        assert first.result() == {"event": "gap"}
+        teller.close()
+        with pytest.raises(NotRunningError, match="mpt0 has stopped"):
+            list(stream)
+    with pytest.raises(NotRunningError, match="does not run"):
+        next(listen(path))
+
+
+def test_an_older_program_that_knows_no_events_says_so(path: Path) -> None:
+    def refuse(verb: str, _: dict[str, Any]) -> object:
+        raise ConfigError(f"a client cannot be asked for {verb!a}")
+
+    with contextlib.closing(ControlServer(path, refuse)) as server, ThreadPoolExecutor() as pool:
+        first = pool.submit(next, listen(path))
+        with pytest.raises(ConfigError, match="cannot be asked for 'events'"):
+            serve_until(server, first)

@@ -17,17 +17,19 @@ CORE = [
     "records wgquick noise",
     "config session admission",
     "gaps history",
-    "timers path receipts",
+    "timers path receipts alarm",
     "peer",
     "serverpeer clientpeer register uplinks role",
     "plan",
+    "view",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
 PROGRAM = [
     "control state tun udp netlink worker wires options report figures micro",
     "host lab membership admin",
-    "loop traffic load crowd",
+    "hook",
+    "loop traffic load crowd watch",
     "program",
     "story",
     "picture",
@@ -52,7 +54,7 @@ WORLDLY_METHODS = {
 OTHERS = {  # which of our modules may use what is not Python's own
     "cryptography": {"noise", "session", "keys"},
     "click": {"cli", "options"},
-    "rich": {"picture", "report", "cli"},
+    "rich": {"picture", "watch"},
     "pytun": {"tun"},
 }
 

@@ -108,6 +108,18 @@ def test_a_client_takes_what_it_is_told() -> None:
     assert settings.server_key == bytes([7]) * 32
     assert client().routes == (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
     assert client(idle_probe=5.0).idle_probe == 5.0
+    assert (client().alarm_ms, client(alarm=100).alarm_ms) == (None, 100)
+
+
+def test_the_program_for_events_must_be_one_that_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "tell"
+    program.write_text("#!/bin/sh\n")
+    with pytest.raises(ConfigError, match=r"cannot be executed; chmod \+x"):
+        server_settings({"on_event": str(program)})
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    assert client(on_event="tell").on_event == server_settings({"on_event": "tell"}).on_event == program
+    assert client().on_event is None
 
 
 def test_the_port_of_the_server_comes_from_its_name_or_from_its_option() -> None:
@@ -238,6 +250,8 @@ port = 6000
 state-dir = "/s"
 dry-run = true
 idle-probe = 5
+alarm = 100
+on-event = "/x"
 """
     assert config(tmp_path / "c", text) == {
         "client": "host",
@@ -247,6 +261,8 @@ idle-probe = 5
         "state_dir": "/s",
         "dry_run": True,
         "idle_probe": 5,
+        "alarm": 100,
+        "on_event": "/x",
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 from mptunnel.errors import ConfigError
 from mptunnel.report import (
     duration,
+    event_text,
     is_degraded,
     milliseconds,
     packets,
@@ -286,3 +287,28 @@ def test_shares_are_percent(value: float | None, text: str) -> None:
 
 def test_one_packet_is_one_packet() -> None:
     assert (packets(1), packets(0), packets(1234)) == ("1 packet", "0 packets", "1,234 packets")
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        (
+            {"event": "path-down", "peer": "vpn", "path": "wlan0", "interface": "wlan0", "why": "3 probes unanswered"},
+            "path-down vpn wlan0: 3 probes unanswered",
+        ),
+        (
+            {"event": "path-up", "peer": "vpn", "path": "10.0.0.2", "interface": "eth0", "rtt_ms": 23.41},
+            "path-up vpn 10.0.0.2 (eth0): rtt 23 ms",
+        ),
+        (
+            {"event": "path-up", "peer": "van", "path": "0", "endpoint": "192.0.2.1:4"},
+            "path-up van 0: endpoint 192.0.2.1:4",
+        ),
+        ({"event": "gap-over", "peer": "vpn", "lasted_ms": 1234.5}, "gap-over vpn: lasted 1.2 s"),
+        ({"event": "tunnel-up", "peer": "vpn"}, "tunnel-up vpn"),
+    ],
+)
+def test_an_event_is_one_line(event: dict[str, Any], text: str) -> None:
+    line = event_text({"time": 1000.0625, "device": "mpt0", **event})
+    assert line.partition(" ")[0].endswith(":40.062")
+    assert line.partition(" ")[2] == text
