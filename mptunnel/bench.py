@@ -42,7 +42,7 @@ from mptunnel.figures import (
     ratios,
     table,
 )
-from mptunnel.lab import Lab, two_uplinks
+from mptunnel.lab import Lab, Unavailable, two_uplinks
 from mptunnel.load import WARM_SECONDS, Generator
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ def hold_contest(plan: Plan) -> dict[str, Any]:
                     figures = field.measure(plan)
                 found[kind.name]["runs"].append(figures | {"others": watch.others})
                 found[kind.name]["limited"] = sorted({*found[kind.name]["limited"], *field.limited})
+            except Unavailable:  # there is no lab for anybody
+                raise
             except HostError as error:
                 found[kind.name]["error"] = str(error).splitlines()[0]
                 taking_part.remove(kind)
@@ -268,14 +270,10 @@ def wait_quiet(patience: float) -> float:
 
 
 def busy_share() -> float:
-    """Return how much of the processors is in use while we sleep, in percent (proc(5): stat)."""
-    samples = []
-    for pause in (_LOOK_SECONDS, 0.0):
-        ticks = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
-        samples.append((sum(ticks), ticks[3] + ticks[4]))  # all; idle and waiting for disks
-        time.sleep(pause)
-    (all_before, idle_before), (all_after, idle_after) = samples
-    return 100 * (1 - (idle_after - idle_before) / max(1, all_after - all_before))
+    """Return how much of the processors others use while we sleep, in percent."""
+    with Watch() as watch:
+        time.sleep(_LOOK_SECONDS)
+    return watch.others
 
 
 class _Field:
@@ -427,21 +425,15 @@ def soak(plan: Plan) -> dict[str, Any]:
         begun = time.monotonic()
         while (spent := time.monotonic() - begun) < plan.soak:
             told = field.transfer(SOAK_STREAMS, SOAK_STREAMS, min(step, plan.soak - spent))
-            held = field.contestant.memory()
-            samples.append(
-                {"at": round(time.monotonic() - begun, 1), **{role: float(each) for role, each in held.items()}}
-            )
             received = {way: received[way] + told[way]["total"] for way in received}
-            _say(
-                "{at:6.1f} s   client {cl_mb:.1f} MB   server {sv_mb:.1f} MB".format(
-                    at=samples[-1]["at"], cl_mb=held["cl"] / 1e6, sv_mb=held["sv"] / 1e6
-                )
-            )
+            held, at = field.contestant.memory(), time.monotonic() - begun
+            samples.append({"at": round(at, 1), **{role: float(size) for role, size in held.items()}})
+            _say(f"{at:6.1f} s   client {held['cl'] / 1e6:.1f} MB   server {held['sv'] / 1e6:.1f} MB")
         seconds = time.monotonic() - begun
         field.contestant.check()
     rates = {f"{way}_mbit": received[way] * 8 / seconds / 1e6 for way in received}
-    flat = {role: is_flat([sample[role] for sample in samples]) for role in ("cl", "sv")}
-    return {"seconds": seconds, **rates, "samples": samples, "is_flat": all(flat.values())}
+    flat = all(is_flat([sample[role] for sample in samples]) for role in ("cl", "sv"))
+    return {"seconds": seconds, **rates, "samples": samples, "is_flat": flat}
 
 
 # -- telling -----------------------------------------------------------------------------------------------------

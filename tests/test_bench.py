@@ -28,6 +28,7 @@ from mptunnel.figures import (
     ratios,
     table,
 )
+from mptunnel.lab import Lab, Unavailable
 from mptunnel.state import StateDir
 from tests.running import wait_until
 
@@ -305,6 +306,30 @@ def test_the_exit_code_tells_of_a_failure() -> None:
     assert bench._has_failed({"soak": {"is_flat": False}})
 
 
+def test_where_namespaces_are_refused_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: Lab) -> Lab:
+        raise Unavailable("refused; run it with sudo", would_root_help=True)
+
+    monkeypatch.setattr(Lab, "__enter__", refuse)
+    assert cli.run(["bench", "--quick"]) == 5
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == "mptunnel: refused; run it with sudo"
+
+
+def test_a_contestant_that_fails_does_not_end_the_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Lab) -> Lab:
+        raise HostError("no such device\nand more")
+
+    monkeypatch.setattr(Lab, "__enter__", refuse)
+    contestants = bench.hold_contest(bench.Plan(quick=True, against=False, runs=2))["contestants"]
+    assert {name: each["error"] for name, each in contestants.items()} == dict.fromkeys(
+        ("no tunnel", "mptunnel"), "no such device"
+    )
+
+
 def test_a_busy_machine_is_waited_for_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -411,7 +436,7 @@ def test_a_short_benchmark_gives_a_whole_json_object_and_leaves_nothing(open_lab
 def test_an_interrupt_ends_it_cleanly(open_lab: Opener, tmp_path: Path) -> None:
     open_lab()
     process = subprocess.Popen(
-        [*PROGRAM, "--alone"],
+        [*PROGRAM, "--alone", "--quick"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
