@@ -401,7 +401,7 @@ class Client(Role):
         peer = self._peer
         if self._membership.token is not None:
             return "connecting"
-        if peer.current is None or not peer.current.is_alive(now):
+        if (peer.current is None or not peer.current.is_alive(now)) and peer.is_missed:
             return "silent" if self._state in {"up", "silent"} else "connecting"
         if not peer.is_multipath:
             return "up"

@@ -158,7 +158,7 @@ class Peer:
         while at < len(packets):
             at += self._send_run(session, packets, at, now, out)
         self.timers.data_sent(now)
-        if session.wants_successor(now):
+        if self._wants_successor(session, now):
             self._want_handshake(now, out)
 
     def _send_run(
@@ -231,7 +231,7 @@ class Peer:
         if path is not None:
             path.sent(1, len(datagram))
         self.timers.anything_sent(now)
-        if session.wants_successor(now):
+        if self._wants_successor(session, now):
             self._want_handshake(now, out)
 
     # -- receiving -------------------------------------------------------------------------------------
@@ -565,6 +565,10 @@ class Peer:
 
     def _allows(self, packet: Buffer) -> bool:
         raise NotImplementedError
+
+    def _wants_successor(self, session: Session, now: float) -> bool:
+        """Whether what has just been sent under `session` is a reason for new keys."""
+        return session.wants_successor(now)
 
     def _next_handshake_at(self) -> float:
         """When a fresh initiation may be sent at the earliest."""

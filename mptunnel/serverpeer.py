@@ -7,11 +7,14 @@ is used at a time: the next one when its socket is gone, when it was silent for 
 every fresh initiation that follows an unanswered one. That server learns at once by a keepalive where we are.
 
 **HELLO** is the first datagram under every session, on every path, and again every 500 ms until it is answered; after
-20 of them the server is taken for a stock WireGuard server.
+20 of them the server is taken for a stock WireGuard server. A session that begins in idleness confirms its keys by its
+probes, and is told HELLO when it comes into use, or when no ECHO shows within a second that the server knows us still.
 
 **Probes.** In use (an IP packet either way in the last 10 s): every 250 ms on every path that has a socket, and after
 every 32 KiB on a path, at most one in 20 ms. Otherwise every `idle_probe` seconds; an unanswered one is followed up
-every second until it is clear that the path is down. When no ECHO came on any path for max(0.75 s, 3 RTT) although
+every second until it is clear that the path is down. New keys are made by a probe's turn, when the old ones would not
+last to the next one's: by one path, each in its turn, and by all of them if nothing has come back after a second.
+Keys that end between two probes are not missed before. When no ECHO came on any path for max(0.75 s, 3 RTT) although
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
 
 **MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
@@ -47,7 +50,7 @@ from mptunnel.packet import MIN_MTU
 from mptunnel.path import PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
-from mptunnel.session import REKEY_TIMEOUT
+from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
 from mptunnel.timers import (
     ENROL_INTERVAL,
     HELLO_INTERVAL,
@@ -74,6 +77,8 @@ MAX_ENROLS: Final = 3  # unanswered under one session: the server may have been 
 DEAF_AFTER: Final = 0.75
 ANSWERED_SPACING: Final = 1.0
 FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
+RENEW_BEFORE: Final = 10.0  # idle, new keys are made so long before the old ones end
+RENEW_AFTER: Final = 60.0  # and not before they are so old: an unanswered probe is no reason
 PROOF_TRIES: Final = 5
 PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
 FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
@@ -131,6 +136,8 @@ class ServerPeer(Peer):
         self._hello_serial = 1
         self._hellos = 0
         self._hello_is_answered = False
+        self._owes_hello = False  # this session has begun without one
+        self._asks_quietly = False  # for new keys, on one path
         self._has_address = False  # came under this session
         self._enrols = 0
         self._single = -1  # the path in use towards a server that is not known to take copies
@@ -192,14 +199,27 @@ class ServerPeer(Peer):
         """Whether an IP packet went either way in the last 10 s (or the tunnel has only just come up)."""
         return now - self.data_at < IN_USE or now - self._begun_at < IN_USE
 
+    @property
+    def is_missed(self) -> bool:
+        """Whether handshakes or probes go unanswered, or none was ever answered; keys that have ended say nothing."""
+        return not self.is_multipath or self._silent_from < INF
+
+    def rests(self, now: float) -> bool:
+        """Whether nobody would miss the keys: idle, and the server is not known to be silent."""
+        return not (self.is_missed or self._staged or self.in_use(now))
+
     # -- sending and receiving -------------------------------------------------------------------------
 
     def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """See `Peer.send`; the first packets after a pause also make every path known again."""
         was_idle = not self.in_use(now)
+        if self._owes_hello:
+            self._send_owed_hello(now, out)
         super().send(packets, now, out)
         if was_idle:
             self._probe_soon(now)
+            if self._asks_quietly:
+                self._ask_aloud(now, out)
             is_waiting = bool(self._staged) and self.initiation is not None
             if is_waiting and (self.is_multipath or self.is_ours) and not self.timers.is_armed(Timer.REPEAT):
                 self.timers.at(Timer.REPEAT, now)
@@ -219,6 +239,8 @@ class ServerPeer(Peer):
         is_new = super().receive(session, datagrams, size, source, now, inbox, out)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
+            if self._owes_hello:
+                self._send_owed_hello(now, out)
         if is_new and self.is_stock:
             self._lives(self.path_at(source), now)
         return is_new
@@ -243,6 +265,9 @@ class ServerPeer(Peer):
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if not self.takes_one_copy:
+            up = [path.id for path in self._open_paths() if path.state is PathState.UP]
+            if self._asks_quietly and up:
+                return [up[self._serial % len(up)]]
             return [path.id for path in self._open_paths()]
         single = self._single_path()
         return [] if single is None else [single]
@@ -294,10 +319,28 @@ class ServerPeer(Peer):
             return True
         return self.in_use(now)
 
+    def _wants_successor(self, session: Session, now: float) -> bool:
+        """See `Peer._wants_successor`; probes of an idle tunnel are no reason before they would be without keys."""
+        if not self.rests(now):
+            return super()._wants_successor(session, now)
+        return session.counter > REKEY_AFTER_MESSAGES or self._is_last_chance(session, now)
+
+    def _is_last_chance(self, session: Session, now: float) -> bool:
+        """Whether the keys would not last until the next idle probe and a handshake after it."""
+        age = now - session.created_at
+        return age > RENEW_AFTER and age + self._idle_probe + RENEW_BEFORE > REJECT_AFTER_TIME
+
     def _initiate(self, now: float, out: list[Transmit]) -> None:
+        self._asks_quietly = self._attempts == 0 and self.rests(now)
         super()._initiate(now, out)
         if self.initiation is not None and not self.takes_one_copy:
-            self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+            self.timers.at(Timer.REPEAT, now + (FOLLOW_UP if self._asks_quietly else REPEAT_INTERVAL))
+
+    def _ask_aloud(self, now: float, out: list[Transmit]) -> None:
+        """Nothing has come back, or it is wanted now: the initiation that waits goes out on every path."""
+        self._asks_quietly = False
+        self._repeat(self._handshake_ways(now), now, out)
+        self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
 
     def _next_handshake_at(self) -> float:
         if not self.takes_one_copy and self._answered_at >= self._initiated_at:
@@ -309,6 +352,7 @@ class ServerPeer(Peer):
         return PATIENT_INTERVAL if is_patient else 0.0
 
     def _retransmit(self, now: float, out: list[Transmit]) -> None:
+        self._silent_from = min(self._silent_from, now)
         if not self._has_cookie:
             self._turn_to_next_path(now)
         self._has_cookie = False
@@ -327,7 +371,9 @@ class ServerPeer(Peer):
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self._answered_at = self._echoed_at = now
-        if self.previous is None or not self.previous.is_alive(now):
+        is_quiet = self.rests(now)
+        self._asks_quietly = False
+        if not is_quiet and (self.previous is None or not self.previous.is_alive(now)):
             self._begun_at = now
         self._is_closed = False
         if self._enrol is not None:
@@ -336,9 +382,12 @@ class ServerPeer(Peer):
             return
         if self._hello_is_answered or self.is_stock:  # else the sessions share the 20
             self._hellos = 0
+        self._owes_hello = is_quiet and self._hello_is_answered and self._has_address
         self._hello_is_answered = self._has_address = False
         self.is_stock = self._stays_stock
-        if self.is_stock:
+        if self._owes_hello:
+            self.timers.at(Timer.HELLO, now + FOLLOW_UP)
+        elif self.is_stock:
             self._send_keepalive(now, out)
             self._lives(self.paths.get(self._single), now)
         else:
@@ -368,6 +417,7 @@ class ServerPeer(Peer):
                 self.is_ours = False
             return
         self._hellos += 1
+        self._owes_hello = False
         plain = Hello(
             is_answer=False, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.tunnel_mtu, mode=0, paths=len(self._open_paths()),
@@ -376,6 +426,12 @@ class ServerPeer(Peer):
         for way in self._handshake_ways(now):
             self._send_control(plain, way, self.paths[way], now, out)
         self.timers.at(Timer.HELLO, now + HELLO_INTERVAL)
+
+    def _send_owed_hello(self, now: float, out: list[Transmit]) -> None:
+        """The session comes into use: what was left out at its beginning is said now, before the first packet."""
+        if self.current is not None and self.current.is_alive(now):
+            self._hello_is_answered = False
+            self._send_hello(now, out)
 
     def _hello_received(self, session: Session, hello: Hello, now: float, out: list[Transmit]) -> None:
         if not hello.is_answer or hello.serial != self._hello_serial or session is not self.current:
@@ -479,6 +535,9 @@ class ServerPeer(Peer):
         if proven is None:
             return
         self._echoed_at = now
+        if self._owes_hello:  # it knows us still; what it said before holds
+            self._hello_is_answered = self._has_address = True
+            self._stop_hello()
         if path.answered(now):
             log.info(
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
@@ -521,7 +580,7 @@ class ServerPeer(Peer):
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
         due = self.timers.next_deadline()
-        if self.current is not None and self.speaks:
+        if self.speaks:
             for path in self.paths.values():
                 if path.is_open and path.probe_at < due:
                     due = path.probe_at
@@ -530,13 +589,13 @@ class ServerPeer(Peer):
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
         super().handle_timeout(now, out)
-        if not self.speaks or self.current is None:
+        if not self.speaks:
             return
-        if not self.current.is_alive(now):
-            for path in self.paths.values():
-                path.probe_at = INF
-            self._want_handshake(now, out)
+        if self.current is None or not self.current.is_alive(now):
+            self._probe_in_vain(now, out)
             return
+        if self.rests(now) and self.initiation is None and self._is_last_chance(self.current, now):
+            self._renew(now, out)
         for path in self._open_paths():
             if path.probe_at <= now:
                 self._probe(path, now, out)
@@ -544,6 +603,21 @@ class ServerPeer(Peer):
                     self._log_silence(path, now)
         self._consider_mtu(now)
         self._listen(now, out)
+
+    def _probe_in_vain(self, now: float, out: list[Transmit]) -> None:
+        """A probe may be due, but there are no keys: they come first, then every path is probed."""
+        is_due = any(path.is_open and path.probe_at <= now for path in self.paths.values())
+        if is_due or (self.current is not None and not self.rests(now)):
+            for path in self.paths.values():
+                path.probe_at = INF
+            self._want_handshake(now, out)
+
+    def _renew(self, now: float, out: list[Transmit]) -> None:
+        """New keys instead of the probes that are due: with them every path is probed, or without after a while."""
+        if any(path.probe_at <= now for path in self._open_paths()):
+            self._want_handshake(now, out)
+            for path in self._open_paths():
+                path.probe_at = now + FOLLOW_UP
 
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
@@ -578,6 +652,8 @@ class ServerPeer(Peer):
         if path.carries:
             if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
                 return 0
+            if not path.proof_tries and now - self.data_at >= PROVE_AGAIN:
+                return 0  # nobody sends now: it would only cost
             path.proof_tries += 1
             if path.proof_tries <= FALL_TRIES:
                 return path.carries
@@ -613,9 +689,8 @@ class ServerPeer(Peer):
     def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
         match timer:
             case Timer.REPEAT:
-                if self.initiation is not None and self._is_eager(now):
-                    self._repeat(self._handshake_ways(now), now, out)
-                    self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+                if self.initiation is not None and (self._asks_quietly or self._is_eager(now)):
+                    self._ask_aloud(now, out)
             case Timer.HELLO:
                 if not (self._hello_is_answered and self._has_address):
                     self._send_hello(now, out)
