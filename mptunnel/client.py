@@ -8,7 +8,8 @@ kernel allows. A path whose socket cannot be opened is tried again every second.
 on every path, saves what it is given, and only then starts as itself. Without any answer for 15 s, or when refused,
 the run ends; without a token it never does.
 
-**Host.** The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
+**Host.** What the scripts have made is held against what stands there after every look at the host (`upkeep`).
+The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
 them the script sets up the device, and the routes follow. What goes to IPv6 while the server has none is answered
 with "no route", so that applications turn to IPv4 at once instead of leaking.
 """
@@ -41,6 +42,7 @@ from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
+from mptunnel.upkeep import TUNNEL, Upkeep
 from mptunnel.uplinks import Uplinks, Way
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from mptunnel.events import Job
     from mptunnel.packet import Buffer
     from mptunnel.peer import Peer
+    from mptunnel.upkeep import Picture
 
     IPAddress = IPv4Address | IPv6Address
 
@@ -122,8 +125,11 @@ class Client(Role):
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
         self._avoid: dict[int, int] = {}
         self._links: tuple[Link, ...] = ()
+        self._upkeep = None if settings.no_script or settings.script else Upkeep(settings.device)
         self._reopen_at: dict[int, float] = {}
         self._missing: set[str] = set()
+        self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
+        self._mend_at = INF
         self._opened_at: dict[int, float] = {}
         self.paths: dict[int, ClientPath] = {}
         self._tunnel: Tunnel | None = None
@@ -166,8 +172,8 @@ class Client(Role):
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
-    def links_changed(self, links: Sequence[Link], now: float) -> None:
-        """This is how the host's links are now."""
+    def links_changed(self, links: Sequence[Link], now: float, picture: Picture | None = None) -> None:
+        """This is how the host's links are now, and its rules and routes, if somebody has looked."""
         if self._settings.wireguard is not None and self._tunnel is None:
             self._adopt_wireguard(self._settings.wireguard)
         if tuple(links) != self._links:
@@ -175,6 +181,9 @@ class Client(Role):
             self._arrange(now)
             if self._kept and self._tunnel is not None:
                 self._events.append(RunScript("keep", {"keep": self._kept}))
+        if self._upkeep is not None and picture is not None:
+            self._upkeep.looked(self._links, picture)
+            self._mend(now)
 
     def path_opened(self, number: int, port: int, now: float) -> None:
         """The socket of a path is open, on this local port."""
@@ -226,7 +235,7 @@ class Client(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at)
+        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at, self._mend_at)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, *self._reopen_at.values()) if self._reopen_at else due
@@ -242,6 +251,8 @@ class Client(Role):
             self._arrange(now)
         if now >= self._resolve_at:
             self._resolve(now)
+        if now >= self._mend_at:
+            self._mend(now)
         self._review_state(now)
 
     def job_done(self, job: Job, result: object, now: float) -> None:
@@ -272,7 +283,7 @@ class Client(Role):
                 self._close_path(path, now)
                 path = None
             if path is None:
-                path = self.paths[number] = ClientPath(number, uplink.name, now)
+                path = self.paths[number] = self._new_path(number, uplink.name, now)
             if way is None:
                 is_told = number in self._ways  # `_close_path` tells of those that were there
                 self._close_path(path, now)
@@ -283,6 +294,16 @@ class Client(Role):
             else:
                 self._missing.discard(uplink.name)
                 self._open_path(path, way, now)
+        for number in self.paths.keys() - found.keys():  # without -i an uplink leaves with its default route
+            path = self.paths[number]
+            log.info("path %s leaves: it has no default route any more", path.name)
+            self._close_path(path, now)
+            self._former[path.name] = self.paths.pop(number)
+
+    def _new_path(self, number: int, name: str, now: float) -> ClientPath:
+        """Return a path that is new here, or the one that has left and comes back, with its port and its counts."""
+        former = self._former.pop(name, None)
+        return former if former is not None and former.id == number else ClientPath(number, name, now)
 
     def _tell_missing(self, path: ClientPath) -> None:
         uplink = self._uplinks.by_id[path.id]
@@ -304,26 +325,49 @@ class Client(Role):
         path.interface, path.address = way.interface, way.address
         if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
             if path.is_open:
-                self._events.append(RunScript("path-up", path_values(path.id, way)))  # another gateway
+                self._route_path(path.id, way)  # another gateway
                 return
         elif path.is_open:
             path.closed(now)
             self._events.append(ClosePath(path.id))
-        self._events.append(RunScript("path-up", path_values(path.id, way)))
+        self._route_path(path.id, way)
+
+    def _route_path(self, number: int, way: Way) -> None:
+        """Let the script make a path's rule and table, or make them anew."""
+        if self._upkeep is not None:
+            self._upkeep.path_asked(number, way)
+        self._events.append(RunScript("path-up", path_values(number, way)))
+
+    def _mend(self, now: float) -> None:
+        """Make again what of ours others have removed."""
+        if self._upkeep is None:
+            return
+        for number in self._upkeep.due(now):
+            if number == TUNNEL and self._tunnel is not None:
+                self._make_tunnel(self._tunnel)
+            elif number in self._ways:
+                self._route_path(number, self._ways[number])
+        self._mend_at = self._upkeep.next_deadline()
 
     def _close_path(self, path: ClientPath, now: float) -> None:
         self._reopen_at.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
+        if path.is_open:
+            self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path.id)
         if path.closed(now):
             log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
         self._events.append(ClosePath(path.id))
+        if self._upkeep is not None:
+            self._upkeep.path_gone(path.id)
         self._events.append(RunScript("path-down", {"path": path.id}))
         self._peer.path_closed(now, self._out)
 
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
             log.warning("%s: %s", job.verb, failure)
+        if self._upkeep is not None and job.verb in {"path-up", "up"}:
+            self._upkeep.script_done(int(str(job.values.get("path", TUNNEL))))
         if job.verb != "path-up":
             return
         number = job.values["path"]
@@ -488,9 +532,15 @@ class Client(Role):
         if tunnel == self._tunnel:
             return
         self._tunnel = tunnel
+        self._make_tunnel(tunnel)
+        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
+
+    def _make_tunnel(self, tunnel: Tunnel) -> None:
+        """Let the script give the device its addresses and routes, or give them anew."""
+        if self._upkeep is not None:
+            self._upkeep.tunnel_asked(tunnel, self._settings.routes)
         values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers), self._kept)
         self._events.append(RunScript("up", values))
-        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 
     def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
         """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""

@@ -47,6 +47,7 @@ READS_PER_TURN: Final = 64
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
+LINKS_SPACING: Final = 0.2  # from one look to the next: who changes the host all the time must not keep us busy
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 PAUSE: Final = 0.0003  # s without a packet from the device
@@ -59,7 +60,7 @@ def now() -> float:
 
 
 class Snapshot:
-    """Ask for the links as they are now; answered by a tuple of `Link`."""
+    """Ask for the host as it is now; answered by a tuple of `Link` and the `Picture` of rules and routes."""
 
 
 class Loop:
@@ -220,7 +221,7 @@ class Loop:
             case Resolve():
                 return udp.resolve(job.host, job.port)
             case Snapshot():
-                return netlink.snapshot()
+                return netlink.look()
         return None
 
     def _worker_ready(self, moment: float) -> None:
@@ -354,6 +355,7 @@ class ClientLoop(Loop):
         self._monitor = netlink.Monitor()
         self._watch(self._monitor.fileno(), self._links_ready)
         self._review_at = now() + LINKS_REVIEW
+        self._looked_at = now()
         self._is_looking = False
         self._has_told_offload = False
 
@@ -436,7 +438,8 @@ class ClientLoop(Loop):
 
     def _links_ready(self, moment: float) -> None:
         if self._monitor.drain():
-            self._review_at = min(self._review_at, moment + LINKS_SETTLE)
+            earliest = max(moment + LINKS_SETTLE, self._looked_at + LINKS_SPACING)
+            self._review_at = min(self._review_at, earliest)
 
     def _own_deadline(self) -> float:
         return min(super()._own_deadline(), self._review_at)
@@ -444,10 +447,13 @@ class ClientLoop(Loop):
     def _own_work(self, moment: float) -> None:
         super()._own_work(moment)
         if moment >= self._review_at:
+            if self._is_looking:  # what has changed since that look began may be missing in it
+                self._review_at = moment + LINKS_SETTLE
+                return
             self._review_at = moment + LINKS_REVIEW
-            if not self._is_looking:
-                self._is_looking = True
-                self._worker.submit(Snapshot())
+            self._looked_at = moment
+            self._is_looking = True
+            self._worker.submit(Snapshot())
 
     def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
         if not isinstance(job, Snapshot):
@@ -455,7 +461,8 @@ class ClientLoop(Loop):
             return
         self._is_looking = False
         if isinstance(result, tuple):
-            self._role.links_changed(result, moment)
+            links, picture = result
+            self._role.links_changed(links, moment, picture)
         else:
             log.warning("cannot see the links: %s", result)
 

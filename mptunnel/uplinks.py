@@ -3,7 +3,8 @@
 A path is an interface, not an address. `-i NAME` is that interface. `-i ADDRESS` names the interface that holds the
 address when it is first seen; from then on the path is that interface, whatever address of the family it has, ADDRESS
 preferred. If ADDRESS turns up elsewhere while the interface has none, the path moves there. Without `-i` every
-interface with a default route is a path, tunnels apart.
+interface with a default route is a path, tunnels apart; it leaves when it loses that route, and comes back as the same
+path unless another has taken its number.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ class Uplink:
 class Uplinks:
     """The paths that the user wants, by id."""
 
-    __slots__ = ("_is_open", "by_id")
+    __slots__ = ("_former", "_is_open", "by_id")
 
     def __init__(self, names: Sequence[str]) -> None:
         self._is_open = not names  # uplinks join and leave by themselves
+        self._former: dict[str, int] = {}  # the number that an uplink found had when it left
         self.by_id: dict[int, Uplink] = {number: Uplink(name) for number, name in enumerate(names)}
 
     def check(self, links: Iterable[Link]) -> None:
@@ -102,17 +104,19 @@ class Uplinks:
             and not link.name.startswith("mpt")
             and (link.gateway4 is not None or link.gateway6 is not None)
         ]
-        known = {uplink.name: number for number, uplink in self.by_id.items()}
-        for name in wanted:
-            if name in known:
-                continue
+        for number, uplink in list(self.by_id.items()):
+            if uplink.name not in wanted:
+                self._former[uplink.name] = number
+                del self.by_id[number]
+        known = {uplink.name for uplink in self.by_id.values()}
+        for name in (name for name in wanted if name not in known):
             free = [number for number in range(MAX_PATHS) if number not in self.by_id]
-            gone = [number for old, number in known.items() if old not in wanted]
-            if free or gone:
-                number = (free or gone)[0]
-                known = {old: n for old, n in known.items() if n != number}
+            unclaimed = [number for number in free if number not in self._former.values()]
+            number = self._former.pop(name, -1)
+            if number not in free:
+                number = next(iter(unclaimed or free), -1)
+            if number >= 0:
                 self.by_id[number] = Uplink(name)
-                known[name] = number
 
     def _link_of(self, uplink: Uplink, links: Sequence[Link]) -> Link | None:
         by_name = {link.name: link for link in links}

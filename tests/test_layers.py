@@ -20,6 +20,7 @@ CORE = [
     "peer",
     "serverpeer clientpeer register uplinks role",
     "plan",
+    "upkeep",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
