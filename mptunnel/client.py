@@ -38,6 +38,8 @@ from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, En
 from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.packet import source as packet_source
 from mptunnel.path import ClientPath, PathState
+from mptunnel.pathbook import PathBook
+from mptunnel.pathdesk import VERBS, PathDesk
 from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mptunnel.config import Fields, JoinToken, Link
-    from mptunnel.events import Job
+    from mptunnel.events import Job, Transmit
     from mptunnel.packet import Buffer
     from mptunnel.peer import Peer
     from mptunnel.upkeep import Picture
@@ -104,6 +106,7 @@ class Client(Role):
         rng: random.Random,
         now: float,
         wall: float,
+        book: PathBook | None = None,
     ) -> None:
         token = membership.token
         key = token.join_private() if token else membership.private_key
@@ -132,6 +135,9 @@ class Client(Role):
         self._mend_at = INF
         self._opened_at: dict[int, float] = {}
         self.paths: dict[int, ClientPath] = {}
+        self._desk = PathDesk(
+            book or PathBook(), f"client/paths/{membership.record.file_name}", self._uplinks, self.paths
+        )
         self._tunnel: Tunnel | None = None
         self._tunnel_mtu = MIN_MTU
         self._state = "connecting"
@@ -213,6 +219,7 @@ class Client(Role):
         if path is None:
             return
         path.not_sent(datagrams, size, why)
+        self._desk.carried(number, -datagrams, -size)
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
@@ -255,6 +262,26 @@ class Client(Role):
             self._mend(now)
         self._review_state(now)
 
+    def today_is(self, year: int, month: int, day: int, now: float) -> None:
+        """The clock on the wall shows this local date at `now`."""
+        save = self._desk.today_is(year, month, day, now)
+        if save is not None:
+            self._events.append(save)
+
+    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
+        """See `Role.receive`; metered paths are counted."""
+        if self._desk.is_metering:
+            self._desk.carried(source, -(-len(datagrams) // max(1, size)), len(datagrams))
+        super().receive(datagrams, size, source, now, inbox)
+
+    def transmits(self) -> list[Transmit]:
+        """See `Role.transmits`; metered paths are counted."""
+        out = super().transmits()
+        if out and self._desk.is_metering:
+            for each in out:
+                self._desk.carried(each.to, -(-len(each.data) // each.size), len(each.data))
+        return out
+
     def job_done(self, job: Job, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
         failure = result if isinstance(result, Exception) else None
@@ -269,6 +296,8 @@ class Client(Role):
         """Say goodbye on every path, and leave the last timestamp on disk."""
         self._peer.close(CloseReason.STOP, now, self._out)
         self._save_last_timestamp()
+        if self._desk.is_metering:
+            self._events.append(self._desk.save(now))
 
     # -- paths -----------------------------------------------------------------------------------------
 
@@ -294,11 +323,11 @@ class Client(Role):
             else:
                 self._missing.discard(uplink.name)
                 self._open_path(path, way, now)
-        for number in self.paths.keys() - found.keys():  # without -i an uplink leaves with its default route
+        for number in self.paths.keys() - found.keys():  # taken off, or found without -i and without default route now
             path = self.paths[number]
-            log.info("path %s leaves: it has no default route any more", path.name)
-            self._close_path(path, now)
+            self._close_path(path, now, "leaves")
             self._former[path.name] = self.paths.pop(number)
+        self._desk.apply(now)
 
     def _new_path(self, number: int, name: str, now: float) -> ClientPath:
         """Return a path that is new here, or the one that has left and comes back, with its port and its counts."""
@@ -349,14 +378,14 @@ class Client(Role):
                 self._route_path(number, self._ways[number])
         self._mend_at = self._upkeep.next_deadline()
 
-    def _close_path(self, path: ClientPath, now: float) -> None:
+    def _close_path(self, path: ClientPath, now: float, what: str = "waits") -> None:
         self._reopen_at.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
             self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path.id)
         if path.closed(now):
-            log.info("path %s waits: %s is gone, down or has no address", path.name, path.interface)
+            log.info("path %s %s: %s is gone, down, has no address or is not wanted", path.name, what, path.interface)
         self._events.append(ClosePath(path.id))
         if self._upkeep is not None:
             self._upkeep.path_gone(path.id)
@@ -620,6 +649,14 @@ class Client(Role):
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Answer the command line. Raises ConfigError."""
+        if verb in VERBS:
+            result = self._desk.perform(verb, arguments)
+            if verb == "paths-list":
+                return Reply(result)
+            self._arrange(now)
+            save = self._desk.save(now)
+            self._events.append(save)
+            return Reply(result, save)
         if verb != "status":
             raise ConfigError(f"a client cannot be asked for {verb!a}; run that on the server")
         return Reply(self.status(now))

@@ -445,7 +445,11 @@ class ClientLoop(Loop):
         return min(super()._own_deadline(), self._review_at)
 
     def _own_work(self, moment: float) -> None:
+        is_new_second = moment >= self._wall_at
         super()._own_work(moment)
+        if is_new_second:
+            today = time.localtime()
+            self._role.today_is(today.tm_year, today.tm_mon, today.tm_mday, moment)
         if moment >= self._review_at:
             if self._is_looking:  # what has changed since that look began may be missing in it
                 self._review_at = moment + LINKS_SETTLE

@@ -16,6 +16,8 @@ every second until it is clear that the path is down. New keys are made by a pro
 last to the next one's: by one path, each in its turn, and by all of them if nothing has come back after a second.
 Keys that end between two probes are not missed before. When no ECHO came on any path for max(0.75 s, 3 RTT) although
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
+A path that stands by is probed as in idleness, and gets data, and is told to the server as one for data, while no path
+for data works: half a second after the last one fell silent.
 
 **MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
 the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
@@ -253,15 +255,20 @@ class ServerPeer(Peer):
         if self.takes_one_copy:
             single = self._single_path()
             return [path for path in self._open_paths() if path.id == single]
-        wanted, standby, is_any_up = [], [], False
+        wanted, standby = [], []
         for path in self.paths.values():
             if path.is_open and not path.is_silent(now):
                 if path.use is Use.DATA:
                     wanted.append(path)
-                    is_any_up = is_any_up or path.state is PathState.UP
                 elif path.use is Use.STANDBY:
                     standby.append(path)
-        return wanted if is_any_up else wanted + standby or self._open_paths()
+        if standby and self._needs_standby(now):
+            wanted += standby
+        return wanted or self._open_paths()
+
+    def _needs_standby(self, now: float) -> bool:
+        """Whether no path for data works, so that those standing by step in."""
+        return not any(path.use is Use.DATA and path.works(now) for path in self.paths.values())
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if not self.takes_one_copy:
@@ -559,19 +566,24 @@ class ServerPeer(Peer):
     def _probe_soon(self, now: float) -> None:
         if self.speaks:
             for path in self._open_paths():
-                path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
+                if path.use is Use.DATA:
+                    path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
 
     def _probe_all(self, now: float, out: list[Transmit]) -> None:
         for path in self._open_paths():
             self._probe(path, now, out)
 
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
-        in_use = self.in_use(now)
+        steps_in = path.use is Use.STANDBY and self._needs_standby(now)
+        in_use = self.in_use(now) and (path.use is Use.DATA or steps_in)
         follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
         interval = PROBE_INTERVAL if in_use else FOLLOW_UP if follows_up else self._idle_probe
         padded = self._size_to_prove(path, now)
         others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
-        plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded)
+        plain = path.next_probe(
+            now, interval, self._now_us(now), self.packets_sent, others, padded,
+            Use.DATA if steps_in else path.use,
+        )  # fmt: skip
         self._send_control(plain, path.id, path, now, out)
 
     def _now_us(self, now: float) -> int:
@@ -596,6 +608,7 @@ class ServerPeer(Peer):
             return
         if self.rests(now) and self.initiation is None and self._is_last_chance(self.current, now):
             self._renew(now, out)
+        self._call_standby(now)
         for path in self._open_paths():
             if path.probe_at <= now:
                 self._probe(path, now, out)
@@ -619,6 +632,15 @@ class ServerPeer(Peer):
             for path in self._open_paths():
                 path.probe_at = now + FOLLOW_UP
 
+    def _call_standby(self, now: float) -> None:
+        """Tell the server at once that paths that stood by step in, and that they stand by again."""
+        standby = [path for path in self._open_paths() if path.use is Use.STANDBY]
+        if standby:
+            use = Use.DATA if self._needs_standby(now) else Use.STANDBY
+            for path in standby:
+                if path.told_use is not use:
+                    path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_SPACING))
+
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
         log.info("path %s down: %d probes unanswered, %s", path.name, path.unanswered - 1, heard)
@@ -626,6 +648,8 @@ class ServerPeer(Peer):
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
         paths = self._open_paths()
+        if not self._needs_standby(now):  # those standing by are asked too rarely to say anything
+            paths = [path for path in paths if path.use is Use.DATA]
         known = [path for path in paths if path.heard_at > -INF]  # one that is always new must not hide the silence
         asked = [path.silent_since for path in known or paths]
         if not asked:
@@ -652,8 +676,8 @@ class ServerPeer(Peer):
         if path.carries:
             if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
                 return 0
-            if not path.proof_tries and now - self.data_at >= PROVE_AGAIN:
-                return 0  # nobody sends now: it would only cost
+            if path.use is not Use.DATA or (not path.proof_tries and now - self.data_at >= PROVE_AGAIN):
+                return 0  # nobody sends there now: it would only cost
             path.proof_tries += 1
             if path.proof_tries <= FALL_TRIES:
                 return path.carries

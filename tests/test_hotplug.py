@@ -267,3 +267,36 @@ def test_without_i_uplinks_join_and_leave_by_themselves(make_tunnel: Maker) -> N
     tunnel.wait_up("p1", "p2", patience=BACK_WITHIN)
     assert {name: path["id"] for name, path in tunnel.paths().items()} == ids
     check_whole("an uplink leaves and comes back", datagrams.finish())
+
+
+def test_paths_are_added_named_metered_and_taken_off_by_the_command_line(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=98)
+    tunnel.begin(uplinks=["-i", "p1"])
+    tunnel.must("cl", "paths", "add", "p2")
+    tunnel.wait_up("p1", "p2", patience=BACK_WITHIN)
+    tunnel.must("cl", "paths", "name", "p2", "van")
+    tunnel.must("cl", "paths", "priority", "van", "standby")
+    tunnel.must("cl", "paths", "metered", "p1", "5GB", "--reset-day", "7")
+    datagrams = Datagrams(tunnel.lab, 1.2, rate=300)
+    until(datagrams.begun + 0.3)
+    before = tunnel.lab.wire("p2").counts()
+    time.sleep(0.6)
+    after = tunnel.lab.wire("p2").counts()
+    check_whole("path 2 stands by", datagrams.finish())
+    assert (
+        after.up.packets - before.up.packets + after.down.packets - before.down.packets <= 4
+    )  # probes and their echoes
+    shown = tunnel.must("cl", "paths", "list")
+    note(shown)
+    assert "van" in shown
+    assert "5.0 GB" in shown
+    tunnel.stop("cl")
+    tunnel.connect(uplinks=["-i", "p1"])
+    tunnel.wait_up("p1", "p2")
+    first, second = json.loads(tunnel.must("cl", "paths", "list", "--json"))
+    assert first["metered"]["used"] > 400 * 200  # what went before the restart is counted still
+    assert (second["label"], second["priority"], second["added"]) == ("van", "standby", True)
+    tunnel.must("cl", "paths", "remove", "van")
+    wait_until(lambda: set(tunnel.paths()) == {"p1"}, "path 2 is gone")
+    code, _, said = tunnel.do("sv", "paths", "list")
+    assert code == 3, said

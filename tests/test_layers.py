@@ -16,11 +16,11 @@ CORE = [
     "messages packet events keys scheduler",
     "records wgquick noise",
     "config session admission",
-    "timers path receipts",
+    "timers path receipts pathbook",
     "peer",
     "serverpeer clientpeer register uplinks role",
     "plan",
-    "upkeep",
+    "upkeep pathdesk",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
