@@ -77,7 +77,13 @@ class Monitor:
 
 def snapshot() -> tuple[Link, ...]:
     """Return all links as they are now. Raises HostError where `ip` is missing or fails."""
-    return look()[0]
+    links = _ip("-details", "address")
+    routes4 = _ip("-4", "route", "show", "default")
+    try:
+        routes6 = _ip("-6", "route", "show", "default")
+    except HostError:  # a kernel without IPv6
+        routes6 = []
+    return parse_links(links, routes4, routes6)
 
 
 def look() -> tuple[tuple[Link, ...], Picture]:

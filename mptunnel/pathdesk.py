@@ -34,20 +34,16 @@ VERBS: Final = frozenset({"paths-list", "paths-add", "paths-remove", "paths-name
 class PathDesk:
     """The book and the uplinks of one client; `paths` is the client's. `file` is the book's place, "" for none."""
 
-    __slots__ = ("_book", "_file", "_paths", "_uplinks")
+    __slots__ = ("_book", "_file", "_paths", "_uplinks", "is_metering")
 
     def __init__(self, book: PathBook, file: str, uplinks: Uplinks, paths: Mapping[int, ClientPath]) -> None:
         self._book, self._file, self._uplinks, self._paths = book, file, uplinks, paths
+        self.is_metering = book.is_metering  # whether anything is to be counted
         if uplinks.is_open:
             uplinks.unwanted |= book.taken_off
         for name in book.added():
             if all(name != uplink.name for uplink in uplinks.by_id.values()) and uplinks.add(name) is None:
                 log.warning("path %s was added once, but there are %d without it", name, MAX_PATHS)
-
-    @property
-    def is_metering(self) -> bool:
-        """Whether anything is to be counted."""
-        return self._book.is_metering
 
     def perform(self, verb: str, arguments: Fields) -> Any:
         """Write down what a verb says; return its result. It holds with the next `apply`. Raises ConfigError."""
@@ -55,6 +51,7 @@ class PathDesk:
 
     def apply(self, now: float) -> None:
         """Let every path be as the book says, and let the server know."""
+        self.is_metering = self._book.is_metering
         for path in self._paths.values():
             if apply(path, self._book):
                 if path.is_open:
@@ -73,7 +70,7 @@ class PathDesk:
     def today_is(self, year: int, month: int, day: int, now: float) -> SaveState | None:
         """The clock on the wall shows this local date; return what is to be saved by now."""
         self._book.today_is(year, month, day, now)
-        if not self._book.is_metering:
+        if not self.is_metering:
             return None
         self.apply(now)
         return self.save(now) if self._book.wants_saving(now) else None

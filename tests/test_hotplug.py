@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mptunnel.lab import SERVER6
 from mptunnel.traffic import Datagrams
 from tests.running import Maker, Tunnel, note, note_flows, until, wait_until
 
@@ -300,3 +301,23 @@ def test_paths_are_added_named_metered_and_taken_off_by_the_command_line(make_tu
     wait_until(lambda: set(tunnel.paths()) == {"p1"}, "path 2 is gone")
     code, _, said = tunnel.do("sv", "paths", "list")
     assert code == 3, said
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_stands_is_not_put_back(make_tunnel: Maker, family: int) -> None:
+    """Also after looks at the host that other programs' changes cause."""
+    tunnel = make_tunnel(seed=99, ipv6=family == 6)
+    if family == 6:
+        uplinks = [word for path in (1, 2) for word in ("-i", tunnel.lab.client_address6(path))]
+        tunnel.begin(uplinks=uplinks, server=SERVER6)
+    else:
+        tunnel.begin(uplinks=BY_NAME)
+    wait_until(lambda: len(seen(tunnel, "route show dev mpt0")) == 3, "the script has run")
+    for number in range(4):
+        tunnel.lab.ip("cl", f"addr add 10.99.{number}.1/24 dev p1")
+        time.sleep(0.3)
+    assert "are gone" not in tunnel.log("cl")
+    rules = seen(tunnel, f"-{family} rule")
+    assert {rule["priority"] for rule in rules} >= {5200, 5201}
+    tunnel.lab.run("cl", ["ip", f"-{family}", "rule", "del", "priority", "5201"])
+    wait_until(lambda: seen(tunnel, f"-{family} rule") == rules, "the rule is there again", BACK_WITHIN)
