@@ -16,8 +16,7 @@ every second until it is clear that the path is down. New keys are made by a pro
 last to the next one's: by one path, each in its turn, and by all of them if nothing has come back after a second.
 Keys that end between two probes are not missed before. When no ECHO came on any path for max(0.75 s, 3 RTT) although
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
-A path that stands by is probed as in idleness, and gets data, and is told to the server as one for data, while no path
-for data works: half a second after the last one fell silent.
+Paths that stand by (`standby`) are probed as in idleness.
 
 **MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
 the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
@@ -30,7 +29,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import messages
+from mptunnel import messages, standby
 from mptunnel.messages import (
     MAX_PATHS,
     PROTOCOL_VERSION,
@@ -255,20 +254,7 @@ class ServerPeer(Peer):
         if self.takes_one_copy:
             single = self._single_path()
             return [path for path in self._open_paths() if path.id == single]
-        wanted, standby = [], []
-        for path in self.paths.values():
-            if path.is_open and not path.is_silent(now):
-                if path.use is Use.DATA:
-                    wanted.append(path)
-                elif path.use is Use.STANDBY:
-                    standby.append(path)
-        if standby and self._needs_standby(now):
-            wanted += standby
-        return wanted or self._open_paths()
-
-    def _needs_standby(self, now: float) -> bool:
-        """Whether no path for data works, so that those standing by step in."""
-        return not any(path.use is Use.DATA and path.works(now) for path in self.paths.values())
+        return standby.carriers(self.paths.values(), now)
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if not self.takes_one_copy:
@@ -574,16 +560,13 @@ class ServerPeer(Peer):
             self._probe(path, now, out)
 
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
-        steps_in = path.use is Use.STANDBY and self._needs_standby(now)
-        in_use = self.in_use(now) and (path.use is Use.DATA or steps_in)
+        use = standby.use_now(path, self.paths.values(), now)
+        in_use = self.in_use(now) and use is Use.DATA
         follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
         interval = PROBE_INTERVAL if in_use else FOLLOW_UP if follows_up else self._idle_probe
         padded = self._size_to_prove(path, now)
         others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
-        plain = path.next_probe(
-            now, interval, self._now_us(now), self.packets_sent, others, padded,
-            Use.DATA if steps_in else path.use,
-        )  # fmt: skip
+        plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded, use)
         self._send_control(plain, path.id, path, now, out)
 
     def _now_us(self, now: float) -> int:
@@ -608,7 +591,7 @@ class ServerPeer(Peer):
             return
         if self.rests(now) and self.initiation is None and self._is_last_chance(self.current, now):
             self._renew(now, out)
-        self._call_standby(now)
+        standby.call(self.paths.values(), now)
         for path in self._open_paths():
             if path.probe_at <= now:
                 self._probe(path, now, out)
@@ -632,15 +615,6 @@ class ServerPeer(Peer):
             for path in self._open_paths():
                 path.probe_at = now + FOLLOW_UP
 
-    def _call_standby(self, now: float) -> None:
-        """Tell the server at once that paths that stood by step in, and that they stand by again."""
-        standby = [path for path in self._open_paths() if path.use is Use.STANDBY]
-        if standby:
-            use = Use.DATA if self._needs_standby(now) else Use.STANDBY
-            for path in standby:
-                if path.told_use is not use:
-                    path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_SPACING))
-
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
         log.info("path %s down: %d probes unanswered, %s", path.name, path.unanswered - 1, heard)
@@ -648,7 +622,7 @@ class ServerPeer(Peer):
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
         paths = self._open_paths()
-        if not self._needs_standby(now):  # those standing by are asked too rarely to say anything
+        if not standby.is_needed(self.paths.values(), now):  # those standing by are asked too rarely to say anything
             paths = [path for path in paths if path.use is Use.DATA]
         known = [path for path in paths if path.heard_at > -INF]  # one that is always new must not hide the silence
         asked = [path.silent_since for path in known or paths]

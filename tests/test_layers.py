@@ -17,7 +17,7 @@ CORE = [
     "records wgquick noise",
     "config session admission",
     "timers path receipts pathbook",
-    "peer",
+    "peer standby",
     "serverpeer clientpeer register uplinks role",
     "plan",
     "upkeep pathdesk",
