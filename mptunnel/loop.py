@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import host, netlink, udp
@@ -47,7 +48,8 @@ READS_PER_TURN: Final = 64
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
-LINKS_SPACING: Final = 0.2  # from one look to the next: who changes the host all the time must not keep us busy
+MAX_LOOKS: Final = 10  # in so many seconds: who changes the host all the time must not keep us busy
+LOOKS_SPAN: Final = 2.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 PAUSE: Final = 0.0003  # s without a packet from the device
@@ -355,7 +357,7 @@ class ClientLoop(Loop):
         self._monitor = netlink.Monitor()
         self._watch(self._monitor.fileno(), self._links_ready)
         self._review_at = now() + LINKS_REVIEW
-        self._looked_at = now()
+        self._looked_at = deque([-LOOKS_SPAN], MAX_LOOKS)
         self._is_looking = False
         self._has_told_offload = False
 
@@ -438,8 +440,9 @@ class ClientLoop(Loop):
 
     def _links_ready(self, moment: float) -> None:
         if self._monitor.drain():
-            earliest = max(moment + LINKS_SETTLE, self._looked_at + LINKS_SPACING)
-            self._review_at = min(self._review_at, earliest)
+            is_crowded = len(self._looked_at) == MAX_LOOKS
+            earliest = self._looked_at[0] + LOOKS_SPAN if is_crowded else moment
+            self._review_at = min(self._review_at, max(moment + LINKS_SETTLE, earliest))
 
     def _own_deadline(self) -> float:
         return min(super()._own_deadline(), self._review_at)
@@ -455,7 +458,7 @@ class ClientLoop(Loop):
                 self._review_at = moment + LINKS_SETTLE
                 return
             self._review_at = moment + LINKS_REVIEW
-            self._looked_at = moment
+            self._looked_at.append(moment)
             self._is_looking = True
             self._worker.submit(Snapshot())
 
