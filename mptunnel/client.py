@@ -8,7 +8,8 @@ kernel allows. A path whose socket cannot be opened is tried again every second.
 on every path, saves what it is given, and only then starts as itself. Without any answer for 15 s, or when refused,
 the run ends; without a token it never does.
 
-**Host.** The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
+**Host.** What the scripts have made is held against what stands there after every look at the host (`upkeep`).
+The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
 them the script sets up the device, and the routes follow. What goes to IPv6 while the server has none is answered
 with "no route", so that applications turn to IPv4 at once instead of leaking.
 """
@@ -46,10 +47,13 @@ from mptunnel.events import (
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
 from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.pathbook import PathBook
+from mptunnel.pathdesk import VERBS, PathDesk
 from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
+from mptunnel.upkeep import TUNNEL, Upkeep
 from mptunnel.uplinks import Uplinks, Way
 from mptunnel.view import client_status
 
@@ -58,9 +62,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mptunnel.config import Fields, JoinToken, Link
-    from mptunnel.events import Job
+    from mptunnel.events import Job, Transmit
     from mptunnel.packet import Buffer
     from mptunnel.peer import Peer
+    from mptunnel.upkeep import Picture
 
     IPAddress = IPv4Address | IPv6Address
 
@@ -111,6 +116,7 @@ class Client(Role):
         rng: random.Random,
         now: float,
         wall: float,
+        book: PathBook | None = None,
     ) -> None:
         token = membership.token
         key = token.join_private() if token else membership.private_key
@@ -132,10 +138,16 @@ class Client(Role):
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
         self._avoid: dict[int, int] = {}
         self._links: tuple[Link, ...] = ()
+        self._upkeep = None if settings.no_script or settings.script else Upkeep(settings.device)
         self._reopen_at: dict[int, float] = {}
         self._missing: set[str] = set()
+        self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
+        self._mend_at = INF
         self._opened_at: dict[int, float] = {}
         self.paths: dict[int, ClientPath] = {}
+        self._desk = PathDesk(
+            book or PathBook(), f"client/paths/{membership.record.file_name}", self._uplinks, self.paths
+        )
         self._tunnel: Tunnel | None = None
         self._tunnel_mtu = MIN_MTU
         self._state = "connecting"
@@ -177,8 +189,8 @@ class Client(Role):
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
-    def links_changed(self, links: Sequence[Link], now: float) -> None:
-        """This is how the host's links are now."""
+    def links_changed(self, links: Sequence[Link], now: float, picture: Picture | None = None) -> None:
+        """This is how the host's links are now, and its rules and routes, if somebody has looked."""
         if self._settings.wireguard is not None and self._tunnel is None:
             self._adopt_wireguard(self._settings.wireguard)
         if tuple(links) != self._links:
@@ -186,6 +198,9 @@ class Client(Role):
             self._arrange(now)
             if self._kept and self._tunnel is not None:
                 self._events.append(RunScript("keep", {"keep": self._kept}))
+        if self._upkeep is not None and picture is not None:
+            self._upkeep.looked(self._links, picture)
+            self._mend(now)
 
     def path_opened(self, number: int, port: int, now: float) -> None:
         """The socket of a path is open, on this local port."""
@@ -217,6 +232,7 @@ class Client(Role):
         if path is None:
             return
         path.not_sent(datagrams, size, why)
+        self._desk.carried(number, -datagrams, -size)
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
@@ -239,7 +255,7 @@ class Client(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at)
+        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at, self._mend_at)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, *self._reopen_at.values()) if self._reopen_at else due
@@ -255,7 +271,29 @@ class Client(Role):
             self._arrange(now)
         if now >= self._resolve_at:
             self._resolve(now)
+        if now >= self._mend_at:
+            self._mend(now)
         self._review_state(now)
+
+    def today_is(self, year: int, month: int, day: int, now: float) -> None:
+        """The clock on the wall shows this local date at `now`."""
+        save = self._desk.today_is(year, month, day, now)
+        if save is not None:
+            self._events.append(save)
+
+    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
+        """See `Role.receive`; metered paths are counted."""
+        if self._desk.is_metering:
+            self._desk.carried(source, -(-len(datagrams) // max(1, size)), len(datagrams))
+        super().receive(datagrams, size, source, now, inbox)
+
+    def transmits(self) -> list[Transmit]:
+        """See `Role.transmits`; metered paths are counted."""
+        out = super().transmits()
+        if out and self._desk.is_metering:
+            for each in out:
+                self._desk.carried(each.to, -(-len(each.data) // each.size), len(each.data))
+        return out
 
     def job_done(self, job: Job, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
@@ -271,6 +309,8 @@ class Client(Role):
         """Say goodbye on every path, and leave the last timestamp on disk."""
         self._peer.close(CloseReason.STOP, now, self._out)
         self._save_last_timestamp()
+        if self._desk.is_metering:
+            self._events.append(self._desk.save(now))
 
     # -- paths -----------------------------------------------------------------------------------------
 
@@ -285,7 +325,7 @@ class Client(Role):
                 self._close_path(path, now)
                 path = None
             if path is None:
-                path = self.paths[number] = ClientPath(number, uplink.name, now)
+                path = self.paths[number] = self._new_path(number, uplink.name, now)
             if way is None:
                 is_told = number in self._ways  # `_close_path` tells of those that were there
                 self._close_path(path, now)
@@ -296,7 +336,17 @@ class Client(Role):
             else:
                 self._missing.discard(uplink.name)
                 self._open_path(path, way, now)
+        for number in self.paths.keys() - found.keys():  # taken off, or found without -i and without default route now
+            path = self.paths[number]
+            self._close_path(path, now, "leaves")
+            self._former[path.name] = self.paths.pop(number)
+        self._desk.apply(now)
         self._after(self._peer, now)
+
+    def _new_path(self, number: int, name: str, now: float) -> ClientPath:
+        """Return a path that is new here, or the one that has left and comes back, with its port and its counts."""
+        former = self._former.pop(name, None)
+        return former if former is not None and former.id == number else ClientPath(number, name, now)
 
     def _tell_missing(self, path: ClientPath, now: float) -> None:
         uplink = self._uplinks.by_id[path.id]
@@ -319,28 +369,51 @@ class Client(Role):
         path.interface, path.address = way.interface, way.address
         if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
             if path.is_open:
-                self._events.append(RunScript("path-up", path_values(path.id, way)))  # another gateway
+                self._route_path(path.id, way)  # another gateway
                 return
         elif path.is_open:
             path.closed(now)
             self._events.append(ClosePath(path.id))
-        self._events.append(RunScript("path-up", path_values(path.id, way)))
+        self._route_path(path.id, way)
 
-    def _close_path(self, path: ClientPath, now: float) -> None:
+    def _route_path(self, number: int, way: Way) -> None:
+        """Let the script make a path's rule and table, or make them anew."""
+        if self._upkeep is not None:
+            self._upkeep.path_asked(number, way)
+        self._events.append(RunScript("path-up", path_values(number, way)))
+
+    def _mend(self, now: float) -> None:
+        """Make again what of ours others have removed."""
+        if self._upkeep is None:
+            return
+        for number in self._upkeep.due(now):
+            if number == TUNNEL and self._tunnel is not None:
+                self._make_tunnel(self._tunnel)
+            elif number in self._ways:
+                self._route_path(number, self._ways[number])
+        self._mend_at = self._upkeep.next_deadline()
+
+    def _close_path(self, path: ClientPath, now: float, what: str = "waits") -> None:
         self._reopen_at.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
+        if path.is_open:
+            self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path.id)
         if path.closed(now):
-            why = f"{path.interface} is gone, down or has no address"
-            log.info("path %s waits: %s", path.name, why)
+            why = f"{path.interface} is gone, down, has no address or is not wanted"
+            log.info("path %s %s: %s", path.name, what, why)
             self._peer.tell_path(path, now, why=why)
         self._events.append(ClosePath(path.id))
+        if self._upkeep is not None:
+            self._upkeep.path_gone(path.id)
         self._events.append(RunScript("path-down", {"path": path.id}))
         self._peer.path_closed(now, self._out)
 
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
             log.warning("%s: %s", job.verb, failure)
+        if self._upkeep is not None and job.verb in {"path-up", "up"}:
+            self._upkeep.script_done(int(str(job.values.get("path", TUNNEL))))
         if job.verb != "path-up":
             return
         number = job.values["path"]
@@ -420,7 +493,7 @@ class Client(Role):
         peer = self._peer
         if self._membership.token is not None:
             return "connecting"
-        if peer.current is None or not peer.current.is_alive(now):
+        if (peer.current is None or not peer.current.is_alive(now)) and peer.is_missed:
             return "silent" if self._state in {"up", "silent"} else "connecting"
         if not peer.is_multipath:
             return "up"
@@ -511,9 +584,15 @@ class Client(Role):
         if tunnel == self._tunnel:
             return
         self._tunnel = tunnel
+        self._make_tunnel(tunnel)
+        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
+
+    def _make_tunnel(self, tunnel: Tunnel) -> None:
+        """Let the script give the device its addresses and routes, or give them anew."""
+        if self._upkeep is not None:
+            self._upkeep.tunnel_asked(tunnel, self._settings.routes)
         values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers), self._kept)
         self._events.append(RunScript("up", values))
-        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 
     def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
         """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""
@@ -593,6 +672,14 @@ class Client(Role):
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Answer the command line. Raises ConfigError."""
+        if verb in VERBS:
+            result = self._desk.perform(verb, arguments)
+            if verb == "paths-list":
+                return Reply(result)
+            self._arrange(now)
+            save = self._desk.save(now)
+            self._events.append(save)
+            return Reply(result, save)
         match verb:
             case "status":
                 return Reply(self.status(now))

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 IN_USE: Final = 10.0
 UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
 ROUTE_SPACING: Final = 1.0  # a client that changes its MTU all the time must not keep the host busy
-HELLO_WITHIN: Final = 3.0  # of a session in which data comes: else the client is a stock peer now
+HELLO_WITHIN: Final = 3.0  # of the first data under a session: else the client is a stock peer now
 
 
 class ClientPeer(Peer):
@@ -92,6 +92,7 @@ class ClientPeer(Peer):
         self._clock_origin = clock_origin
         self._client_instance: int | None = None
         self._hello_order = (-1, -1)  # session and counter of the newest HELLO
+        self._unsaid = (-1, -INF)  # the session in which data came last, and when the first of it came
         self._unbound_answers = Allowance()
         self._mtu_told_at = -INF
 
@@ -195,8 +196,10 @@ class ClientPeer(Peer):
         if self._staged and not self.is_multipath and self.heard_at == now:
             self._flush(now, out)  # only now: had it said HELLO, nothing would go where no challenge was answered
         if self.is_multipath and self.data_at == now and session is self.current:
+            if session.serial != self._unsaid[0]:
+                self._unsaid = (session.serial, now)
             silent_sessions = session.serial - self._hello_order[0]
-            if silent_sessions > 1 and now - session.created_at > HELLO_WITHIN:
+            if silent_sessions > 1 and now - self._unsaid[1] > HELLO_WITHIN:
                 log.info("%s says HELLO no more: taking it for a stock WireGuard peer", self.name)
                 self._has_come(now)
                 self.is_multipath = self.takes_partial = False
@@ -451,7 +454,7 @@ class ClientPeer(Peer):
     def status(self, now: float) -> dict[str, Any]:
         """What `status` shows of this client."""
         is_alive = self.current is not None and self.current.is_alive(now)
-        is_heard = is_alive and (not self.is_multipath or bool(self._carriers(now)))
+        is_heard = bool(self._carriers(now)) if self.is_multipath else is_alive  # idle, keys may end before a path does
         return {
             "state": "never" if self.heard_at == -INF else "up" if is_heard else "silent",
             "multipath": self.is_multipath,

@@ -63,6 +63,7 @@ __all__ = [
     "FALLBACK_DNS",
     "MAX_PATHS",
     "NO_PSK",
+    "OUR_TABLES",
     "ClientKey",
     "ClientSettings",
     "DnsMode",
@@ -134,6 +135,7 @@ MAX_ALARM_MS: Final = 60_000
 _INSTANCE_NUMBERS = frozenset(map(str, range(INSTANCES)))
 _TABLES = 5200
 _TABLES_PER_INSTANCE = 16
+OUR_TABLES: Final = range(_TABLES, _TABLES + INSTANCES * _TABLES_PER_INSTANCE)
 _INTERFACE_LETTERS = 15  # IFNAMSIZ - 1 (linux/if.h)
 
 

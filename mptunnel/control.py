@@ -300,7 +300,7 @@ class _Connection:
         self.drop_at = -math.inf
 
 
-def ask(path: Path, verb: str, **arguments: object) -> Any:
+def ask(path: Path, verb: str, /, **arguments: object) -> Any:
     """Return the result of a verb from the program that listens at `path`.
 
     Raises NotRunningError where none does, and the program's own error, with its exit code, where it says no.
@@ -346,6 +346,19 @@ def _result(path: Path, verb: str, line: bytes) -> Any:
             f"{path.stem} gave no whole answer to '{verb}'; it was stopped, or is another version"
         ) from None
     raise _BY_EXIT_CODE.get(code, MptunnelError)(message)
+
+
+def ask_client(run_dir: Path, device: str | None, verb: str, /, **arguments: object) -> Any:
+    """Return the result of a verb from the client that runs here as `device`, or as the only one.
+
+    Raises NotRunningError where none does, ConfigError where several do.
+    """
+    clients = [path for path in find(run_dir, device) if ask(path, "status").get("role") == "client"]
+    if not clients:
+        raise NotRunningError(f"no client of mptunnel runs {f'as {device}' if device else 'here'}; start it with -c")
+    if len(clients) > 1:
+        raise ConfigError(f"{' and '.join(path.stem for path in clients)} run here: say which with -t")
+    return ask(clients[0], verb, **arguments)
 
 
 def find(run_dir: Path, device: str | None = None) -> list[Path]:

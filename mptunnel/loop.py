@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import host, netlink, udp
@@ -48,6 +49,8 @@ READS_PER_TURN: Final = 64
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
+MAX_LOOKS: Final = 10  # in so many seconds: who changes the host all the time must not keep us busy
+LOOKS_SPAN: Final = 2.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
@@ -60,7 +63,7 @@ def now() -> float:
 
 
 class Snapshot:
-    """Ask for the links as they are now; answered by a tuple of `Link`."""
+    """Ask for the host as it is now; answered by a tuple of `Link` and the `Picture` of rules and routes."""
 
 
 class Loop:
@@ -232,7 +235,7 @@ class Loop:
             case Resolve():
                 return udp.resolve(job.host, job.port)
             case Snapshot():
-                return netlink.snapshot()
+                return netlink.look()
         return None
 
     def _worker_ready(self, moment: float) -> None:
@@ -371,6 +374,7 @@ class ClientLoop(Loop):
         self._monitor = netlink.Monitor()
         self._watch(self._monitor.fileno(), self._links_ready)
         self._review_at = now() + LINKS_REVIEW
+        self._looked_at = deque([-LOOKS_SPAN], MAX_LOOKS)
         self._is_looking = False
         self._has_told_offload = False
 
@@ -453,18 +457,27 @@ class ClientLoop(Loop):
 
     def _links_ready(self, moment: float) -> None:
         if self._monitor.drain():
-            self._review_at = min(self._review_at, moment + LINKS_SETTLE)
+            is_crowded = len(self._looked_at) == MAX_LOOKS
+            earliest = self._looked_at[0] + LOOKS_SPAN if is_crowded else moment
+            self._review_at = min(self._review_at, max(moment + LINKS_SETTLE, earliest))
 
     def _own_deadline(self) -> float:
         return min(super()._own_deadline(), self._review_at)
 
     def _own_work(self, moment: float) -> None:
+        is_new_second = moment >= self._wall_at
         super()._own_work(moment)
+        if is_new_second:
+            today = time.localtime()
+            self._role.today_is(today.tm_year, today.tm_mon, today.tm_mday, moment)
         if moment >= self._review_at:
+            if self._is_looking:  # what has changed since that look began may be missing in it
+                self._review_at = moment + LINKS_SETTLE
+                return
             self._review_at = moment + LINKS_REVIEW
-            if not self._is_looking:
-                self._is_looking = True
-                self._worker.submit(Snapshot())
+            self._looked_at.append(moment)
+            self._is_looking = True
+            self._worker.submit(Snapshot())
 
     def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
         if not isinstance(job, Snapshot):
@@ -472,7 +485,8 @@ class ClientLoop(Loop):
             return
         self._is_looking = False
         if isinstance(result, tuple):
-            self._role.links_changed(result, moment)
+            links, picture = result
+            self._role.links_changed(links, moment, picture)
         else:
             log.warning("cannot see the links: %s", result)
 

@@ -13,12 +13,13 @@ import os
 import socket
 import struct
 import subprocess
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path
 from typing import Any, Final
 
-from mptunnel.config import Gateway, Link
+from mptunnel.config import OUR_TABLES, Gateway, Link
 from mptunnel.errors import HostError
+from mptunnel.upkeep import EVERYTHING, Picture, Route, Rule
 
 # linux/rtnetlink.h: RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE, RTNLGRP_IPV6_RULE
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18
@@ -85,6 +86,37 @@ def snapshot() -> tuple[Link, ...]:
     return parse_links(links, routes4, routes6)
 
 
+def look() -> tuple[tuple[Link, ...], Picture]:
+    """Return all links as they are now, and the rules and routes that can be a tunnel's. Raises HostError.
+
+    The links come last: whatever a link took with it when it went is not missed.
+    """
+    rules, routes = {}, {}
+    for version in (4, 6):
+        try:
+            rules[version] = _ip(f"-{version}", "rule")
+            routes[version] = _ip(f"-{version}", "route", "show", "table", "all")
+        except HostError:
+            if version == 4:
+                raise
+            rules[6], routes[6] = [], []  # a kernel without IPv6
+    links = parse_links(_ip("-details", "address"), *(_defaults(routes[version]) for version in (4, 6)))
+    return links, parse_picture(rules, routes)
+
+
+def parse_picture(rules: dict[int, list[Any]], routes: dict[int, list[Any]]) -> Picture:
+    """Return what can be ours of `ip -json rule` and `ip -json route show table all`, by IP version."""
+    return Picture(
+        frozenset(_rule(version, rule) for version in rules for rule in rules[version] if _is_ours(rule)),
+        frozenset(
+            Route(version, str(route.get("table", "main")), _target(version, route), route["dev"], _via(route))
+            for version in routes
+            for route in routes[version]
+            if "dev" in route and (_is_ours(route) or (str(route["dev"]).startswith("mpt") and "table" not in route))
+        ),
+    )
+
+
 def parse_links(links: list[Any], routes4: list[Any], routes6: list[Any]) -> tuple[Link, ...]:
     """Return the links of `ip -json -details address` and of the default routes of the main table."""
     gateways4, gateways6 = _gateways(routes4), _gateways(routes6)
@@ -149,6 +181,32 @@ def _is_news(data: bytes) -> bool:
             return True
         at += max(_HEADER.size, length + 3 & ~3)
     return False
+
+
+def _is_ours(entry: dict[str, Any]) -> bool:
+    """Whether a rule or a route is of a table that can be ours."""
+    table = str(entry.get("table", ""))
+    return table.isdigit() and int(table) in OUR_TABLES
+
+
+def _defaults(routes: list[Any]) -> list[Any]:
+    """Return the default routes of the main table."""
+    return [route for route in routes if route.get("dst") == "default" and "table" not in route]
+
+
+def _rule(version: int, rule: dict[str, Any]) -> Rule:
+    named = {"priority", "src", "dst", "table", "srclen", "dstlen", "protocol"}
+    rest = " ".join(f"{name} {rule[name]}" for name in sorted(rule) if name not in named)
+    return Rule(version, rule["priority"], rule.get("src", "all"), rule.get("dst", "all"), str(rule["table"]), rest)
+
+
+def _target(version: int, route: dict[str, Any]) -> IPv4Network | IPv6Network:
+    text = route.get("dst", "default")
+    return EVERYTHING[version] if text == "default" else ipaddress.ip_network(text, strict=False)
+
+
+def _via(route: dict[str, Any]) -> str:
+    return str(route.get("gateway") or route.get("via", {}).get("host") or "")
 
 
 def _ip(*words: str) -> list[Any]:

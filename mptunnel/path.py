@@ -35,6 +35,7 @@ PROBE_INTERVAL: Final = 0.25
 PROBE_BYTES: Final = 32 * 1024  # sent or received on a path: time for another probe
 PROBE_SPACING: Final = 0.02
 COPIES_WHILE_SILENT: Final = 30.0
+DOUBT_AFTER: Final = 0.5  # s without the answer to a probe: standby paths step in
 DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
 MAX_PENDING: Final = 1024  # 5 s of probes at the fastest, those of a gap alarm
@@ -237,18 +238,20 @@ class ClientPath(Path):
 
     __slots__ = (
         "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
-        "heard_at", "interface", "is_open", "last_probe_at", "min_rtt", "name", "padded_at", "port", "probe_at",
-        "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "unanswered", "use", "was_padded",
+        "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
+        "probe_at", "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "told_use", "unanswered", "use",
+        "was_padded",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
         super().__init__(path, now)
         self.name = name
+        self.label = ""  # shown instead of its interface
         self.interface = ""
         self.address: IPv4Address | IPv6Address | None = None
         self.port = 0  # local; kept over a new socket, so that a NAT mapping may survive
         self.is_open = False
-        self.use = Use.DATA
+        self.use = self.told_use = Use.DATA  # what it is for, and what the last probe said
         self.min_rtt = _INF
         self.queue = 0.0
         self.seen_as: tuple[str, int] | None = None
@@ -313,17 +316,34 @@ class ClientPath(Path):
         if self._bytes_since_probe >= PROBE_BYTES:
             self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)
 
+    def status(self) -> dict[str, Any]:
+        """See `Path.status`; also what the user calls it and wants it for."""
+        return {**super().status(), "label": self.label or None, "use": self.use.name.lower()}
+
+    def works(self, now: float) -> bool:
+        """Whether it answers: what was asked last, or not long before, has come back."""
+        is_up = self.state is PathState.UP or self.state is PathState.SLOW
+        return self.is_open and is_up and now - self.silent_since <= max(DOUBT_AFTER, 3 * (self.rtt or 0.0))
+
     def is_silent(self, now: float) -> bool:
         """Whether it has been silent so long that copies are no use any more."""
         return now - self.silent_since > COPIES_WHILE_SILENT
 
     def next_probe(
-        self, now: float, interval: float, sent_us: int, packets: int, others: tuple[Record, ...], padded: int
+        self,
+        now: float,
+        interval: float,
+        sent_us: int,
+        packets: int,
+        others: tuple[Record, ...],
+        padded: int,
+        use: Use | None = None,
     ) -> bytes:
         """Return the plaintext of the next probe; the one after it comes in `interval` seconds at the latest.
 
         The probe counts itself in `tx`: the caller seals and sends it now, then calls `sent`.
         """
+        self.told_use = self.use if use is None else use
         self._seq += 1
         if len(self._pending) >= MAX_PENDING:
             del self._pending[next(iter(self._pending))]
@@ -339,8 +359,8 @@ class ClientPath(Path):
         self._bytes_since_probe = 0
         return Probe(
             self.id, self.incarnation, self._seq, round(interval * 1000), sent_us, self.tx + 1, self.rx, packets,
-            self.echoed, round((self.rtt or 0) * 1e6), round(self.queue * 1e6), min(self.rx_size, 0xFFFF), self.use,
-            padded > 0, others,
+            self.echoed, round((self.rtt or 0) * 1e6), round(self.queue * 1e6), min(self.rx_size, 0xFFFF),
+            self.told_use, padded > 0, others,
         ).encode(padded)  # fmt: skip
 
     def record(self, now: float) -> Record:

@@ -178,7 +178,7 @@ class Peer:
             for run, size in self._runs(packets):
                 self._send_run(session, run, size, now, out)
         self.timers.data_sent(now)
-        if session.wants_successor(now):
+        if self._wants_successor(session, now):
             self._want_handshake(now, out)
 
     def _send_one(self, session: Session, packet: Buffer, now: float, out: list[Transmit]) -> None:
@@ -266,7 +266,7 @@ class Peer:
         if path is not None:
             path.sent(1, len(datagram))
         self.timers.anything_sent(now)
-        if session.wants_successor(now):
+        if self._wants_successor(session, now):
             self._want_handshake(now, out)
 
     # -- receiving -------------------------------------------------------------------------------------
@@ -697,6 +697,10 @@ class Peer:
     def _allows(self, source: bytes) -> bool:
         """Whether packets with this packed source address may come from the peer."""
         raise NotImplementedError
+
+    def _wants_successor(self, session: Session, now: float) -> bool:
+        """Whether what has just been sent under `session` is a reason for new keys."""
+        return session.wants_successor(now)
 
     def _next_handshake_at(self) -> float:
         """When a fresh initiation may be sent at the earliest."""

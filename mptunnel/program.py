@@ -124,6 +124,7 @@ def run_client(settings: ClientSettings) -> None:
             rng=random.Random(),  # noqa: S311  jitter only
             now=moment,
             wall=time.time(),
+            book=state.path_book(membership.record.file_name),
         )
         host.restore(settings.run_dir, device, settings.script)
         _save_now(role, state, moment)

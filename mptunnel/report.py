@@ -109,6 +109,22 @@ def peers_text(peers: Iterable[Object], now: float) -> str:
     return table(("peer", "ipv4", "ipv6", "public key", "added"), rows) if rows else "no peers"
 
 
+def paths_text(paths: Iterable[Object]) -> str:
+    """Return a client's paths, as they were set at run time, as a table."""
+    head = ("path", "uplink", "interface", "address", "state", "priority", "carried this month", "limit", "resets")
+    rows = []
+    for path in paths:
+        metered = path["metered"]
+        said = (_NONE, _NONE, _NONE)
+        if metered:
+            spent = " (spent)" if metered["spent"] else ""
+            said = (size(metered["used"]) + spent, size(metered["limit"]), f"day {metered['reset_day']}")
+        name = path["label"] or path["interface"] or str(path["id"])
+        known = (path["interface"] or _NONE, path["address"] or _NONE, path["state"], path["priority"])
+        rows.append((name, path["uplink"], *known, *said))
+    return table(head, rows, frozenset(head[6:8])) if rows else "no paths"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[str] = frozenset()) -> str:
     """Return rows under their heads, columns two spaces apart; those in `right` stand at the right edge."""
     whole = [head, *rows]
@@ -318,7 +334,7 @@ def _alone(path: Object) -> str:
 
 
 def _path_name(path: Object) -> str:
-    return str(path.get("interface") or path.get("name") or path.get("id", _NONE))
+    return str(path.get("label") or path.get("interface") or path.get("name") or path.get("id", _NONE))
 
 
 def _round_trip(rtt: float | None, jitter: float | None) -> str:

@@ -7,13 +7,17 @@ is used at a time: the next one when its socket is gone, when it was silent for 
 every fresh initiation that follows an unanswered one. That server learns at once by a keepalive where we are.
 
 **HELLO** is the first datagram under every session, on every path, and again every 500 ms until it is answered; after
-20 of them the server is taken for a stock WireGuard server.
+20 of them the server is taken for a stock WireGuard server. A session that begins in idleness confirms its keys by its
+probes, and is told HELLO when it comes into use, or when no ECHO shows within a second that the server knows us still.
 
 **Probes.** In use (an IP packet either way in the last 10 s): every 250 ms on every path that has a socket, and after
 every 32 KiB on a path, at most one in 20 ms. With a gap alarm (`alarm`) the tunnel always counts as in use, and probes
 are as frequent as that needs. Otherwise every `idle_probe` seconds; an unanswered one is followed up
-every second until it is clear that the path is down. When no ECHO came on any path for max(0.75 s, 3 RTT) although
+every second until it is clear that the path is down. New keys are made by a probe's turn, when the old ones would not
+last to the next one's: by one path, each in its turn, and by all of them if nothing has come back after a second.
+Keys that end between two probes are not missed before. When no ECHO came on any path for max(0.75 s, 3 RTT) although
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
+Paths that stand by (`standby`) are probed as in idleness.
 
 **MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
 the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
@@ -26,7 +30,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
-from mptunnel import messages
+from mptunnel import messages, standby
 from mptunnel.events import Notice, NoticeKind
 from mptunnel.history import Told
 from mptunnel.messages import (
@@ -50,7 +54,7 @@ from mptunnel.packet import MIN_MTU
 from mptunnel.path import NOTICES, PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant
-from mptunnel.session import REKEY_TIMEOUT
+from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
 from mptunnel.timers import (
     ENROL_INTERVAL,
     HELLO_INTERVAL,
@@ -78,6 +82,8 @@ MAX_ENROLS: Final = 3  # unanswered under one session: the server may have been 
 DEAF_AFTER: Final = 0.75
 ANSWERED_SPACING: Final = 1.0
 FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
+RENEW_BEFORE: Final = 10.0  # idle, new keys are made so long before the old ones end
+RENEW_AFTER: Final = 60.0  # and not before they are so old: an unanswered probe is no reason
 PROOF_TRIES: Final = 5
 PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
 FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
@@ -138,6 +144,8 @@ class ServerPeer(Peer):
         self._hello_serial = 1
         self._hellos = 0
         self._hello_is_answered = False
+        self._owes_hello = False  # this session has begun without one
+        self._asks_quietly = False  # for new keys, on one path
         self._has_address = False  # came under this session
         self._enrols = 0
         self._single = -1  # the path in use towards a server that is not known to take copies
@@ -202,14 +210,27 @@ class ServerPeer(Peer):
         """
         return self._alarm is not None or now - self.data_at < IN_USE or now - self._begun_at < IN_USE
 
+    @property
+    def is_missed(self) -> bool:
+        """Whether handshakes or probes go unanswered, or none was ever answered; keys that have ended say nothing."""
+        return not self.is_multipath or self._silent_from < INF
+
+    def rests(self, now: float) -> bool:
+        """Whether nobody would miss the keys: idle, and the server is not known to be silent."""
+        return not (self.is_missed or self._staged or self.in_use(now))
+
     # -- sending and receiving -------------------------------------------------------------------------
 
     def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """See `Peer.send`; the first packets after a pause also make every path known again."""
         was_idle = now - self.data_at >= IN_USE and not self.in_use(now)
+        if self._owes_hello:
+            self._send_owed_hello(now, out)
         super().send(packets, now, out)
         if was_idle:
             self._probe_soon(now)
+            if self._asks_quietly:
+                self._ask_aloud(now, out)
             is_waiting = bool(self._staged) and self.initiation is not None
             if is_waiting and (self.is_multipath or self.is_ours) and not self.timers.is_armed(Timer.REPEAT):
                 self.timers.at(Timer.REPEAT, now)
@@ -231,6 +252,8 @@ class ServerPeer(Peer):
             self._alarm_answered(self._alarm, now)
         if was_idle and self.data_at == now:
             self._probe_soon(now)
+            if self._owes_hello:
+                self._send_owed_hello(now, out)
         if is_new and self.is_stock:
             self._lives(self.path_at(source), now)
         return is_new
@@ -243,18 +266,13 @@ class ServerPeer(Peer):
         if self.takes_one_copy:
             single = self._single_path()
             return [path for path in self._open_paths() if path.id == single]
-        wanted, standby, is_any_up = [], [], False
-        for path in self.paths.values():
-            if path.is_open and not path.is_silent(now):
-                if path.use is Use.DATA:
-                    wanted.append(path)
-                    is_any_up = is_any_up or path.state is PathState.UP
-                elif path.use is Use.STANDBY:
-                    standby.append(path)
-        return wanted if is_any_up else wanted + standby or self._open_paths()
+        return standby.carriers(self.paths.values(), now)
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if not self.takes_one_copy:
+            up = [path.id for path in self._open_paths() if path.state is PathState.UP]
+            if self._asks_quietly and up:
+                return [up[self._serial % len(up)]]
             return [path.id for path in self._open_paths()]
         single = self._single_path()
         return [] if single is None else [single]
@@ -314,10 +332,28 @@ class ServerPeer(Peer):
             return True
         return self.in_use(now)
 
+    def _wants_successor(self, session: Session, now: float) -> bool:
+        """See `Peer._wants_successor`; probes of an idle tunnel are no reason before they would be without keys."""
+        if not self.rests(now):
+            return super()._wants_successor(session, now)
+        return session.counter > REKEY_AFTER_MESSAGES or self._is_last_chance(session, now)
+
+    def _is_last_chance(self, session: Session, now: float) -> bool:
+        """Whether the keys would not last until the next idle probe and a handshake after it."""
+        age = now - session.created_at
+        return age > RENEW_AFTER and age + self._idle_probe + RENEW_BEFORE > REJECT_AFTER_TIME
+
     def _initiate(self, now: float, out: list[Transmit]) -> None:
+        self._asks_quietly = self._attempts == 0 and self.rests(now)
         super()._initiate(now, out)
         if self.initiation is not None and not self.takes_one_copy:
-            self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+            self.timers.at(Timer.REPEAT, now + (FOLLOW_UP if self._asks_quietly else REPEAT_INTERVAL))
+
+    def _ask_aloud(self, now: float, out: list[Transmit]) -> None:
+        """Nothing has come back, or it is wanted now: the initiation that waits goes out on every path."""
+        self._asks_quietly = False
+        self._repeat(self._handshake_ways(now), now, out)
+        self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
 
     def _next_handshake_at(self) -> float:
         if not self.takes_one_copy and self._answered_at >= self._initiated_at:
@@ -329,6 +365,7 @@ class ServerPeer(Peer):
         return PATIENT_INTERVAL if is_patient else 0.0
 
     def _retransmit(self, now: float, out: list[Transmit]) -> None:
+        self._silent_from = min(self._silent_from, now)
         if not self._has_cookie:
             self._turn_to_next_path(now)
         self._has_cookie = False
@@ -347,7 +384,9 @@ class ServerPeer(Peer):
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self._answered_at = self._echoed_at = now
-        if self.previous is None or not self.previous.is_alive(now):
+        is_quiet = self.rests(now)
+        self._asks_quietly = False
+        if not is_quiet and (self.previous is None or not self.previous.is_alive(now)):
             self._begun_at = now
         self._is_closed = False
         if self._enrol is not None:
@@ -356,9 +395,12 @@ class ServerPeer(Peer):
             return
         if self._hello_is_answered or self.is_stock:  # else the sessions share the 20
             self._hellos = 0
+        self._owes_hello = is_quiet and self._hello_is_answered and self._has_address
         self._hello_is_answered = self._has_address = False
         self.is_stock = self._stays_stock
-        if self.is_stock:
+        if self._owes_hello:
+            self.timers.at(Timer.HELLO, now + FOLLOW_UP)
+        elif self.is_stock:
             self._send_keepalive(now, out)
             self._lives(self.paths.get(self._single), now)
         else:
@@ -388,6 +430,7 @@ class ServerPeer(Peer):
                 self.is_ours = False
             return
         self._hellos += 1
+        self._owes_hello = False
         plain = Hello(
             is_answer=False, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.tunnel_mtu, mode=0, paths=len(self._open_paths()),
@@ -396,6 +439,12 @@ class ServerPeer(Peer):
         for way in self._handshake_ways(now):
             self._send_control(plain, way, self.paths[way], now, out)
         self.timers.at(Timer.HELLO, now + HELLO_INTERVAL)
+
+    def _send_owed_hello(self, now: float, out: list[Transmit]) -> None:
+        """The session comes into use: what was left out at its beginning is said now, before the first packet."""
+        if self.current is not None and self.current.is_alive(now):
+            self._hello_is_answered = False
+            self._send_hello(now, out)
 
     def _hello_received(self, session: Session, hello: Hello, now: float, out: list[Transmit]) -> None:
         if not hello.is_answer or hello.serial != self._hello_serial or session is not self.current:
@@ -506,6 +555,9 @@ class ServerPeer(Peer):
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
+        if self._owes_hello:  # it knows us still; what it said before holds
+            self._hello_is_answered = self._has_address = True
+            self._stop_hello()
         if path.answered(now):
             log.info(
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
@@ -528,19 +580,21 @@ class ServerPeer(Peer):
     def _probe_soon(self, now: float) -> None:
         if self.speaks:
             for path in self._open_paths():
-                path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
+                if path.use is Use.DATA:
+                    path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
 
     def _probe_all(self, now: float, out: list[Transmit]) -> None:
         for path in self._open_paths():
             self._probe(path, now, out)
 
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
-        in_use = self.in_use(now)
+        use = standby.use_now(path, self.paths.values(), now)
+        in_use = self.in_use(now) and use is Use.DATA
         follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
         interval = self._probe_interval if in_use else FOLLOW_UP if follows_up else self._idle_probe
         padded = self._size_to_prove(path, now)
         others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
-        plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded)
+        plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded, use)
         self._send_control(plain, path.id, path, now, out)
 
     def _now_us(self, now: float) -> int:
@@ -551,7 +605,7 @@ class ServerPeer(Peer):
         due = self.timers.next_deadline()
         if self._alarm is not None:
             due = min(due, self._alarm.due_at(self.heard_at))
-        if self.current is not None and self.speaks:
+        if self.speaks:
             for path in self.paths.values():
                 if path.is_open and path.probe_at < due:
                     due = path.probe_at
@@ -564,13 +618,14 @@ class ServerPeer(Peer):
             silent_ms = (now - self.heard_at) * 1e3
             log.warning("gap: nothing has come from %s for %.0f ms", self.name, silent_ms)
             self.news.append(self.notice(NoticeKind.GAP, now, silent_ms=round(silent_ms, 1)))
-        if not self.speaks or self.current is None:
+        if not self.speaks:
             return
-        if not self.current.is_alive(now):
-            for path in self.paths.values():
-                path.probe_at = INF
-            self._want_handshake(now, out)
+        if self.current is None or not self.current.is_alive(now):
+            self._probe_in_vain(now, out)
             return
+        if self.rests(now) and self.initiation is None and self._is_last_chance(self.current, now):
+            self._renew(now, out)
+        standby.call(self.paths.values(), now)
         for path in self._open_paths():
             if path.probe_at <= now:
                 self._probe(path, now, out)
@@ -578,6 +633,21 @@ class ServerPeer(Peer):
                     self._log_silence(path, now)
         self._consider_mtu(now)
         self._listen(now, out)
+
+    def _probe_in_vain(self, now: float, out: list[Transmit]) -> None:
+        """A probe may be due, but there are no keys: they come first, then every path is probed."""
+        is_due = any(path.is_open and path.probe_at <= now for path in self.paths.values())
+        if is_due or (self.current is not None and not self.rests(now)):
+            for path in self.paths.values():
+                path.probe_at = INF
+            self._want_handshake(now, out)
+
+    def _renew(self, now: float, out: list[Transmit]) -> None:
+        """New keys instead of the probes that are due: with them every path is probed, or without after a while."""
+        if any(path.probe_at <= now for path in self._open_paths()):
+            self._want_handshake(now, out)
+            for path in self._open_paths():
+                path.probe_at = now + FOLLOW_UP
 
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
@@ -591,6 +661,8 @@ class ServerPeer(Peer):
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
         paths = self._open_paths()
+        if not standby.is_needed(self.paths.values(), now):  # those standing by are asked too rarely to say anything
+            paths = [path for path in paths if path.use is Use.DATA]
         known = [path for path in paths if path.heard_at > -INF]  # one that is always new must not hide the silence
         asked = [path.silent_since for path in known or paths]
         if not asked:
@@ -627,6 +699,8 @@ class ServerPeer(Peer):
         if path.carries:
             if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
                 return 0
+            if path.use is not Use.DATA or (not path.proof_tries and now - self.data_at >= PROVE_AGAIN):
+                return 0  # nobody sends there now: it would only cost
             path.proof_tries += 1
             if path.proof_tries <= FALL_TRIES:
                 return path.carries
@@ -662,9 +736,8 @@ class ServerPeer(Peer):
     def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
         match timer:
             case Timer.REPEAT:
-                if self.initiation is not None and self._is_eager(now):
-                    self._repeat(self._handshake_ways(now), now, out)
-                    self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
+                if self.initiation is not None and (self._asks_quietly or self._is_eager(now)):
+                    self._ask_aloud(now, out)
             case Timer.HELLO:
                 if not (self._hello_is_answered and self._has_address):
                     self._send_hello(now, out)

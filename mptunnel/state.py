@@ -1,7 +1,7 @@
 """The state directory: small JSON documents, read with suspicion, written whole or not at all; and the locks.
 
     STATE/server/{key,network,peers,tokens,timestamp,join-token,lock}
-    STATE/client/{key,timestamp}     STATE/client/servers/<16 hexadecimal digits>
+    STATE/client/{key,timestamp}     STATE/client/{servers,paths}/<16 hexadecimal digits>
     RUN/mptN.lock
 
 A file is replaced by renaming a finished one over it, so a power cut leaves the old or the new content. Secrets are
@@ -32,6 +32,7 @@ from mptunnel.config import (
     tokens_from_document,
 )
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
+from mptunnel.pathbook import PathBook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -184,6 +185,10 @@ class StateDir:
             raise _refusal("read", directory, error) from None
         found = (self._load(f"client/servers/{name}", ServerRecord.from_document, secret=True) for name in names)
         return [record for record in found if record is not None]
+
+    def path_book(self, server: str) -> PathBook:
+        """Return what was said of the paths to a server (by its record's file name), and what they have carried."""
+        return self._load(f"client/paths/{server}", PathBook.from_document, secret=False) or PathBook()
 
     def text(self, name: str) -> str | None:
         """Return a file that is no document, such as `server/join-token`; None without one."""

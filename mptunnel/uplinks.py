@@ -3,7 +3,8 @@
 A path is an interface, not an address. `-i NAME` is that interface. `-i ADDRESS` names the interface that holds the
 address when it is first seen; from then on the path is that interface, whatever address of the family it has, ADDRESS
 preferred. If ADDRESS turns up elsewhere while the interface has none, the path moves there. Without `-i` every
-interface with a default route is a path, tunnels apart.
+interface with a default route is a path, tunnels apart; it leaves when it loses that route, and comes back as the same
+path unless another has taken its number.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ class Way:
 class Uplink:
     """One `-i`, or one interface found."""
 
-    __slots__ = ("address", "interface", "name")
+    __slots__ = ("address", "interface", "is_found", "name")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_found: bool = False) -> None:
         self.name = name
+        self.is_found = is_found  # without -i: it leaves with its default route
         self.address = _address(name)
         self.interface = "" if self.address else name
 
@@ -52,11 +54,28 @@ class Uplink:
 class Uplinks:
     """The paths that the user wants, by id."""
 
-    __slots__ = ("_is_open", "by_id")
+    __slots__ = ("_former", "by_id", "is_open", "unwanted")
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._is_open = not names  # uplinks join and leave by themselves
+        self.is_open = not names  # uplinks join and leave by themselves
+        self.unwanted: set[str] = set()  # but not these
+        self._former: dict[str, int] = {}  # the number that an uplink found had when it left
         self.by_id: dict[int, Uplink] = {number: Uplink(name) for number, name in enumerate(names)}
+
+    def add(self, name: str) -> int | None:
+        """Return the number of a new path; None where there are as many as can be."""
+        self.unwanted.discard(name)
+        number = self._free_number(name)
+        if number is not None:
+            self.by_id[number] = Uplink(name)
+        return number
+
+    def remove(self, number: int) -> None:
+        """Take a path off; without -i it is not found again."""
+        uplink = self.by_id.pop(number)
+        self._former[uplink.name] = number
+        if self.is_open:
+            self.unwanted.add(uplink.name)
 
     def check(self, links: Iterable[Link]) -> None:
         """Raise ConfigError where an address cannot say which interface is meant."""
@@ -75,7 +94,7 @@ class Uplinks:
         `servers` is the server's address by IP version; `device` is our own; `avoid` gives, by path, an IP version
         that has not worked there.
         """
-        if self._is_open:
+        if self.is_open:
             self._adopt(links, device)
         found: dict[int, Way | None] = {}
         for number, uplink in self.by_id.items():
@@ -102,17 +121,23 @@ class Uplinks:
             and not link.name.startswith("mpt")
             and (link.gateway4 is not None or link.gateway6 is not None)
         ]
-        known = {uplink.name: number for number, uplink in self.by_id.items()}
-        for name in wanted:
-            if name in known:
-                continue
-            free = [number for number in range(MAX_PATHS) if number not in self.by_id]
-            gone = [number for old, number in known.items() if old not in wanted]
-            if free or gone:
-                number = (free or gone)[0]
-                known = {old: n for old, n in known.items() if n != number}
-                self.by_id[number] = Uplink(name)
-                known[name] = number
+        for number, uplink in list(self.by_id.items()):
+            if uplink.is_found and uplink.name not in wanted:
+                self._former[uplink.name] = number
+                del self.by_id[number]
+        known = {uplink.name for uplink in self.by_id.values()} | self.unwanted
+        for name in (name for name in wanted if name not in known):
+            number_or_none = self._free_number(name)
+            if number_or_none is not None:
+                self.by_id[number_or_none] = Uplink(name, is_found=True)
+
+    def _free_number(self, name: str) -> int | None:
+        """Return the number that this uplink had before, else one that nobody had, else any that is free."""
+        free = [number for number in range(MAX_PATHS) if number not in self.by_id]
+        former = self._former.pop(name, -1)
+        if former in free:
+            return former
+        return next(iter([number for number in free if number not in self._former.values()] or free), None)
 
     def _link_of(self, uplink: Uplink, links: Sequence[Link]) -> Link | None:
         by_name = {link.name: link for link in links}

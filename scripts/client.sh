@@ -251,6 +251,11 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
     address=$2 lines=
     [ -z "$2" ] || [ -z "$3" ] || address="${2%/*} peer $3/$4"
     [ -z "$2" ] || lines="addr replace $address dev $device"
+    case ${3:-${2%/*}} in                # the kernel makes this route with the address, and never again
+        "${2%/*}") ;;
+        *:*) lines="$lines${newline}route replace $3/$4 dev $device proto kernel metric 256" ;;
+        *) lines="$lines${newline}route replace $3/$4 dev $device proto kernel scope link src ${2%/*}" ;;
+    esac
     for network in $5; do lines="$lines${newline}route replace $network dev $device"; done
     stale=$(                             # goes first: the kernel would take a second address for an appendix
         ip "$1" -o addr show dev "$device" | while read -r _ _ _ there word peer _; do
@@ -275,7 +280,8 @@ keep() {            # MPT_KEEP: what goes by the main table now still does, by a
         our_rules "$family" "$kept" "$kept"
         [ -n "$asked$found" ] || continue
         while read -r remote _ local more; do
-            case " $more " in *" table $kept "*) ;; *' table '* | *" dev $device "* | '  ') continue ;; esac
+            case " ${MPT_ADDRESS4:-} ${MPT_ADDRESS6:-} " in *" $local "* | *" $local/"*) continue ;; esac
+            case " $more " in *" table $kept "*) ;; *' table '* | '  ') continue ;; esac
             for rule in "from $local to $remote" "from $local ipproto tcp sport 22"; do
                 rule="priority $kept $rule lookup $kept"
                 case $newline$wanted in *"$newline$rule$newline"*) ;; *) wanted=$wanted$rule$newline ;; esac

@@ -17,11 +17,11 @@ CORE = [
     "records wgquick noise",
     "config session admission",
     "gaps history",
-    "timers path receipts alarm",
-    "peer",
+    "timers path receipts alarm pathbook",
+    "peer standby",
     "serverpeer clientpeer register uplinks role",
     "plan",
-    "view",
+    "upkeep pathdesk view",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
