@@ -162,7 +162,9 @@ class ClientPeer(Peer):
         return sum(1 << path.id for path in self._bound.values() if path.use is Use.DATA)
 
     def _receipt_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
-        return [(path, path.endpoint) for path in self._bound.values() if path.update(now) is PathState.FRESH]
+        fresh = [path for path in self._bound.values() if path.update(now) is PathState.FRESH]
+        data = [path for path in fresh if path.use is Use.DATA]
+        return [(path, path.endpoint) for path in data or fresh]
 
     def _datagrams_received(self) -> dict[int, tuple[int, int]]:
         return {path.id: (path.loss_up.sent, path.loss_up.lost) for path in self.paths.values()}

@@ -72,13 +72,35 @@ class Way:
 
 
 class Suspect:
-    """A silence between two counters that will have been a gap if one of them stays missing."""
+    """A silence between two counters that will have been a gap if one of them stays missing.
 
-    __slots__ = ("after", "before", "has_loss", "length", "session", "way")
+    Where the two are of different sessions, nobody can tell how many there were at the end of the older one.
+    """
 
-    def __init__(self, way: Way, length: float, session: Session, after: int, before: int) -> None:
-        self.way, self.length, self.session, self.after, self.before = way, length, session, after, before
+    __slots__ = ("after", "before", "has_loss", "length", "older", "session", "way")
+
+    def __init__(
+        self, way: Way, length: float, session: Session, before: int, after: int, older: Session | None = None
+    ) -> None:
+        self.way, self.length, self.session, self.before = way, length, session, before
+        self.after, self.older = after, older  # `after` is a counter of the older session, if there is one
         self.has_loss = False  # between the marks around it packets were lost on every path
+
+    def begins_before(self, mark: tuple[int, int]) -> bool:
+        """Whether some of it was sealed before a mark."""
+        return mark > ((self.older or self.session).serial, self.after)
+
+    def concerns(self, session: Session) -> bool:
+        """Whether its counters are of this session."""
+        return session is self.session or session is self.older
+
+    def lacking(self) -> tuple[bool, bool]:
+        """Return whether a packet is missing on its path by now, and whether one may be missing everywhere."""
+        bit = self.way.bit
+        if self.older is None:
+            return _lacking(self.session, bit, self.after + 1, self.before - 1)
+        is_lacking = _lacking(self.older, bit, self.after + 1, self.older.window.top)[0]
+        return is_lacking or _lacking(self.session, bit, 0, self.before - 1)[0], True
 
 
 class Gaps:
@@ -127,7 +149,7 @@ class Gaps:
                 way.owes = True
                 continue
             if (is_lacking or is_open) and now - way.at > _GAP:
-                self._suspect(Suspect(way, now - way.at, session, after, counter))
+                self._suspect(Suspect(way, now - way.at, session, counter, after))
             way.begin(session, counter, now)
 
     def idle(self) -> None:
@@ -141,8 +163,7 @@ class Gaps:
         """All that was sealed before `counter`, a mark that came at `marked_at`, has come, or will never."""
         kept, mark = [], (session.serial, counter)
         for suspect in self._suspects:
-            if has_loss and mark > (suspect.session.serial, suspect.after):
-                suspect.has_loss = True
+            suspect.has_loss = suspect.has_loss or (has_loss and suspect.begins_before(mark))
             if mark < (suspect.session.serial, suspect.before):
                 kept.append(suspect)
             else:
@@ -154,9 +175,9 @@ class Gaps:
     def retire(self, session: Session) -> None:
         """A session's window is about to be closed."""
         for suspect in self._suspects:
-            if suspect.session is session:
+            if suspect.concerns(session):
                 self._resolve(suspect)
-        self._suspects = [suspect for suspect in self._suspects if suspect.session is not session]
+        self._suspects = [suspect for suspect in self._suspects if not suspect.concerns(session)]
         for way in self.ways:
             if way.held is not None and way.held[1] is session:
                 way.held, way.patience = None, _GAP
@@ -195,14 +216,13 @@ class Gaps:
             way.held, way.patience = None, _GAP
         if silence <= _GAP:
             return
-        is_due = any(_lacking(session, way.bit, after + 1, low - 1))
-        if is_due:
-            self._suspect(Suspect(way, silence, session, after, low))
-        elif before is not session and before is not None:
-            if any(_lacking(before, way.bit, way.high + 1, before.window.top)):
-                self._suspect(Suspect(way, silence, before, way.high, before.window.top + 1))
-        elif before is None and way.owes:  # under a session that is gone
+        if before is None and way.owes:  # under a session that is gone
             way.note(silence, is_bridged=way.bit > 0)
+            return
+        older = None if before is session else before
+        suspect = Suspect(way, silence, session, low, way.high if older else after, older)
+        if any(suspect.lacking()):
+            self._suspect(suspect)
 
     def _suspect(self, suspect: Suspect) -> None:
         self._suspects.append(suspect)
@@ -211,7 +231,7 @@ class Gaps:
 
     def _resolve(self, suspect: Suspect) -> None:
         way = suspect.way
-        is_lacking, is_open = _lacking(suspect.session, way.bit, suspect.after + 1, suspect.before - 1)
+        is_lacking, is_open = suspect.lacking()
         if is_lacking or (is_open and suspect.has_loss):
             way.note(suspect.length, is_bridged=is_lacking)
 

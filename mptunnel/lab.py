@@ -137,6 +137,20 @@ class Wire(Direction):
         answer = self._lab.ask(verb="counts", wire=self.name)
         return WireCounts(Counts(**answer["up"]), Counts(**answer["down"]))
 
+    def tape(self) -> tuple[list[Passage], list[Passage]]:
+        """Return what passed up and down since the last call; the first one begins it. Times as `time.monotonic()`."""
+        answer = self._lab.ask(verb="tape", wire=self.name)
+        up, down = ([Passage(at, bytes.fromhex(head)) for at, head in answer[way]] for way in ("up", "down"))
+        return up, down
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A packet that was given to a wire: when it arrives at the other end (None: it does not), its first 48 bytes."""
+
+    arrives_at: float | None
+    head: bytes
+
 
 @dataclass(slots=True)
 class _Holder:

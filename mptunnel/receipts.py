@@ -41,7 +41,7 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_in_use", "_marks", "_newest", "_quiet", "_repeats", "_said", "_said_at", "_sessions", "first",
+        "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "first",
         "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ class Receipts:
         self._newest = (-1, -1)  # session and counter of the last mark
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
-        self._quiet: dict[int | None, int] = {}  # the sender's count at the last mark of each path
+        self._said_by: dict[int | None, int] = {}  # the sender's count at the last mark of each path
         self._in_use = 0
         self._said: tuple[int, ...] = ()  # the counts of the last RECEIPT
         self._said_at = -INF
@@ -101,9 +101,9 @@ class Receipts:
         is_newer = (session.serial, counter) > self._newest
         if is_newer:
             self._newest = (session.serial, counter)
-            if self._quiet.get(path) == packets:
+            if self._said_by.get(path) == packets:
                 self.gaps.quiet(session, counter, path, now)
-            self._quiet[path] = packets
+            self._said_by[path] = packets
             if interval > IN_USE_INTERVAL:
                 self.gaps.idle()
         if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):

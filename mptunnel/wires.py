@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PACKET_SIZE: Final = 2048  # more than any MTU of a lab
 BATCH: Final = 64  # packets taken from one device before what is due is delivered
+TAPE_BYTES: Final = 48  # of a packet are taken down: an IPv4 header, UDP's, and the beginning of what it carries
 BUFFER: Final = 64 * 1024  # bytes that wait before a lane with a rate drops
 
 _CLONE_NEWUSER: Final = 0x10000000
@@ -81,11 +82,12 @@ class Counts:
 class Lane:
     """One direction of a wire: says when a packet arrives, if it does, and keeps count."""
 
-    __slots__ = ("_chance", "_free_at", "_last_due", "_losses", "counts", "weather")
+    __slots__ = ("_chance", "_free_at", "_last_due", "_losses", "counts", "tape", "weather")
 
     def __init__(self, seed: str) -> None:
         self.weather = Weather()
         self.counts = Counts()
+        self.tape: list[tuple[float | None, bytes]] | None = None  # when each arrives (None: never), how it begins
         self._losses = random.Random(f"{seed} losses")  # noqa: S311  of their own: jitter does not shift the pattern
         self._chance = random.Random(f"{seed} chance")  # noqa: S311
         self._free_at = 0.0  # when the rate lets the next packet go
@@ -227,7 +229,10 @@ def _take(network: Network, fd: int, now: float, queue: list[tuple[float, int, i
             network.astray += 1
             continue
         lane = source.up or target.down
-        for due in lane.arrivals(len(packet), now) if lane else (now,):
+        dues = lane.arrivals(len(packet), now) if lane else (now,)
+        if lane and lane.tape is not None:
+            lane.tape.append((dues[0] if dues else None, packet[:TAPE_BYTES]))
+        for due in dues:
             serial += 1
             heapq.heappush(queue, (due, serial, target.fd, packet))
     return serial
@@ -246,7 +251,7 @@ def _deliver(network: Network, now: float, queue: list[tuple[float, int, int, by
 
 
 def _obey(network: Network, request: dict[str, Any]) -> None:
-    verbs: dict[str, Callable[..., dict[str, Any]]] = {"set": _set, "counts": _counts, "forget": _forget}
+    verbs: dict[str, Callable[..., dict[str, Any]]] = {"set": _set, "counts": _counts, "tape": _tape, "forget": _forget}
     _answer(**verbs[request.pop("verb")](network, **request))
 
 
@@ -259,6 +264,15 @@ def _set(network: Network, wire: str, lanes: list[str], **values: Any) -> dict[s
 
 def _counts(network: Network, wire: str) -> dict[str, Any]:
     return {name: asdict(lane.counts) for name, lane in network.wires[wire].items()}
+
+
+def _tape(network: Network, wire: str) -> dict[str, Any]:
+    """Return what was taken down of each packet since the last time, and go on; the first time begins it."""
+    tapes = {}
+    for name, lane in network.wires[wire].items():
+        tapes[name] = [(due, head.hex()) for due, head in lane.tape or ()]
+        lane.tape = []
+    return tapes
 
 
 def _forget(network: Network, role: str) -> dict[str, Any]:

@@ -5,24 +5,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from mptunnel.gaps import OUTAGE
 from mptunnel.messages import Control
 from mptunnel.records import Fields
 from mptunnel.timers import Timer
 from tests.bookpeer import BookPeer
+from tests.count import Key, account
 from tests.simnet import CLIENT_PUBLIC, PSK, SERVER_KEY, Simnet, Traffic, Wire
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 SIZE = 700  # of the data: no control message is of this size
-SHORT = 0.02  # s: silences up to this are none
 SIDES = ("up", "down")
-Key = tuple[bytes, int]  # session and counter
 
 
 @dataclass
@@ -68,54 +63,7 @@ class Count:
 
     def account(self, side: str) -> dict[str, Any]:
         """What the receipts should say of a direction."""
-        order, wires = self.order[side], range(len(self.net.wires))
-        by: dict[Key, list[int]] = {}
-        firsts: list[tuple[float, Key]] = []
-        copies: list[list[tuple[float, Key]]] = [[] for _ in wires]
-        for at, number, key in sorted(self.came[side], key=lambda each: each[0]):
-            if key not in by:
-                firsts.append((at, key))
-            by.setdefault(key, []).append(number)
-            copies[number].append((at, key))
-        paths = []
-        for wire in wires:
-            gaps = self._gaps(order, copies[wire], by)
-            outages = [length for length, is_bridged in gaps if is_bridged and length > OUTAGE]
-            paths.append(
-                {
-                    "first": sum(numbers[0] == wire for numbers in by.values()),
-                    "missed": sum(wire not in numbers for numbers in by.values()),
-                    "lost": sum(wire not in by.get(key, ()) for key in order),
-                    "longest_gap_ms": 1e3 * max((length for length, _ in gaps), default=0.0),
-                    "outages_bridged": len(outages),
-                    "bridged_s": sum(outages),
-                }
-            )
-        return {
-            "packets": len(order),
-            "received": len(by),
-            "lost": len(order) - len(by),
-            "saved": sum(len({*numbers}) < len(wires) for numbers in by.values()),
-            "longest_gap_ms": 1e3 * max((length for length, _ in self._gaps(order, firsts, by)), default=0.0),
-            "paths": paths,
-        }
-
-    @staticmethod
-    def _gaps(
-        order: dict[Key, int], arrivals: Sequence[tuple[float, Key]], by: dict[Key, list[int]]
-    ) -> list[tuple[float, bool]]:
-        """Return the silences between arrivals in which a packet was due, and whether another wire brought one."""
-        here = {order[key] for _, key in arrivals}
-        anywhere = {order[key] for key in by}
-        found, newest, before, silence = [], -1, arrivals[0][0], 0.0
-        for at, key in arrivals:
-            silence, before = max(silence, at - before), at
-            if order[key] > newest:  # what was due, an old one does not show
-                missing = set(range(newest + 1, order[key])) - here
-                if missing and silence > SHORT:
-                    found.append((silence, bool(missing & anywhere)))
-                newest, silence = order[key], 0.0
-        return found
+        return account(self.order[side], self.came[side], len(self.net.wires))
 
 
 def started(*delays: float, seed: int = 1) -> tuple[Simnet, Count]:
@@ -228,6 +176,23 @@ def test_a_change_of_session_in_the_middle_of_losses_changes_nothing_in_the_acco
     assert net.guest.current is not None
     assert net.guest.current.serial > serial
     check(net, count)
+
+
+def test_a_silence_of_all_paths_that_ends_under_a_new_session_is_a_gap_too() -> None:
+    net, count = started(0.02, 0.06)
+    serial = net.peer.current.serial if net.peer.current else 0
+    for weather in count.weather.values():
+        weather.cuts = [(net.now + 2.0, net.now + 12.0)]
+    speak(net, 20.0)
+    assert net.peer.current is not None
+    assert net.peer.current.serial > serial
+    net.run(9.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            got = said(net, side, at)
+            assert 9_900 < got["longest_gap_ms"] < 11_500
+            assert got["longest_gap_ms"] == pytest.approx(count.account(side)["longest_gap_ms"], abs=0.1)
+            assert got["lost"] == count.account(side)["lost"] > 800
 
 
 def test_a_path_that_is_gone_for_a_while_loses_what_it_was_not_given() -> None:

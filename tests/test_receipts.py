@@ -16,6 +16,7 @@ from mptunnel.messages import MAX_PATHS
 from mptunnel.noise import SessionKeys
 from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import WINDOW, Session
+from tests.count import Key, account
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,8 @@ class Direction:
     sealed: set[tuple[int, int]] = field(default_factory=set)
     arrivals: list[tuple[float, int, int, Session, int, int]] = field(default_factory=list)
     came: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    order: dict[Key, int] = field(default_factory=dict)
+    copies: list[tuple[float, int, Key]] = field(default_factory=list)
     _order: int = 0
 
     def rekey(self) -> Session:
@@ -55,6 +58,7 @@ class Direction:
         """Seal IP packets, and give each to every path."""
         for _ in range(count):
             self.sealed.add((self.current.serial, self.counter))
+            self.order[bytes((self.current.serial,)), self.counter] = len(self.order)
             self.packets += 1
             for path, loss in enumerate(self.losses):
                 if self.rng.random() >= loss:
@@ -91,6 +95,7 @@ class Direction:
                 self.receipts.gaps.came(path, under, counter, counter, now)
             if packets < 0:
                 self.came.setdefault((under.serial, counter), []).append(path)
+                self.copies.append((now, path, (bytes((under.serial,)), counter)))
         self.now = until
         self.receipts.settle(self.in_use, until)
 
@@ -159,6 +164,47 @@ def test_receipts_agree_with_a_plain_account(
     for session_ in old:
         direction.receipts.retire(session_, direction.in_use)
     direction.check()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.floats(0, 0.6), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(5, 150), st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=4, max_size=4)),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 5),
+)
+def test_gaps_agree_with_a_plain_account(
+    seed: int, delays: list[float], life: list[tuple[int, list[float]]], rekey_at: int
+) -> None:
+    paths = len(delays)
+    direction = began(seed, (0.0,) * paths, tuple(delays), jitter=0.008)  # so that nothing overtakes
+    for number, (length, losses) in enumerate([(30, [0.0] * 4), *life, (100, [0.0] * 4)]):
+        direction.losses = tuple(losses[:paths])
+        for turn in range(length):
+            direction.send(1)
+            direction.receive(direction.now + 0.01)
+            if turn % 25 == 0:
+                for path in range(paths):
+                    direction.mark(path, loss=0.0)  # a lost one looks like a lost packet
+        if number == rekey_at:  # at a time when nothing is lost: else nobody can tell how the older session ended
+            direction.losses = (0.0,) * paths
+            for _ in range(2):
+                for _ in range(100):
+                    direction.send(1)
+                    direction.receive(direction.now + 0.01)
+                if direction.current.serial == 1:
+                    direction.rekey()
+    direction.finish()
+    expected, ways = account(direction.order, direction.copies, paths), direction.receipts.gaps.ways
+    assert direction.receipts.longest_gap * 1e3 == pytest.approx(expected["longest_gap_ms"], abs=1e-6)
+    for way, path in zip(ways, expected["paths"], strict=False):
+        assert way.longest * 1e3 == pytest.approx(path["longest_gap_ms"], abs=1e-6)
+        assert way.bridged == path["outages_bridged"]
+        assert way.bridged_time == pytest.approx(path["bridged_s"])
 
 
 @pytest.mark.parametrize("seed", range(4))
