@@ -2,13 +2,14 @@
 # make test    all tests
 # make check   format, lint, types, shell scripts, tests: what CI runs
 # make soak    the long forms of the slow proofs
+# make picture what the terminal shows of a tunnel at work, as the README has it (needs tmux)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check lint format soak clean demo-tools test-tools
+.PHONY: demo test check lint format soak picture clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel demo
@@ -32,6 +33,10 @@ format: $(VENV)/.tests
 
 soak: test-tools $(VENV)/.tests
 	$(PYTEST) -q -m slow --override-ini addopts="--strict-markers --strict-config -ra"
+
+picture: demo-tools $(VENV)/.tests
+	@sh tests/tools.sh tmux:tmux
+	@$(BIN)/python -m tests.screenshot
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
