@@ -4,13 +4,14 @@
 # make check   format, lint, types, shell scripts, tests: what CI runs
 # make soak    the long forms of the slow proofs
 # make check-plain   the end-to-end tests with every offload switched off
+# make picture what the terminal shows of a tunnel at work, as the README has it (needs tmux)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo bench test check check-plain lint format soak clean demo-tools test-tools
+.PHONY: demo bench test check check-plain lint format soak picture clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel demo
@@ -40,6 +41,10 @@ soak: test-tools $(VENV)/.tests
 
 check-plain: test-tools $(VENV)/.tests
 	MPTUNNEL_OFFLOAD=0 $(PYTEST) -q -m "netns and not slow"
+
+picture: demo-tools $(VENV)/.tests
+	@sh tests/tools.sh tmux:tmux
+	@$(BIN)/python -m tests.screenshot
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -186,6 +186,14 @@ def test_unasked_echoes_do_not_end_a_gap() -> None:
     assert not net.told("client", OVER)
 
 
+def test_a_path_of_which_only_the_way_down_lives_stays_fresh_also_while_no_data_flows() -> None:
+    net = watched(100, seconds=15.0)
+    net.wires[1].cuts_up = True
+    net.run(10.0)
+    assert net.guest.paths[1].state is PathState.FRESH
+    assert not net.told("client", GAP)
+
+
 # -- what it costs -------------------------------------------------------------------------------------------
 
 
@@ -268,6 +276,12 @@ def test_the_client_tells_of_the_tunnel_and_of_each_path() -> None:
         ("path-up", "w0"): 2, ("path-up", "w1"): 2, ("tunnel-up", ""): 2, ("path-waiting", "w0"): 1,
         ("path-down", "w1"): 1, ("tunnel-silent", ""): 1,
     }  # fmt: skip
+
+
+def test_a_tunnel_to_a_server_that_was_not_known_is_not_told_silent_before_its_first_probe_is_answered() -> None:
+    net = watched(100, Wire(delay=0.2, jitter=0.1), Wire(delay=0.3), said_hello=False)
+    assert [told["event"] for _, told in net.told("client")].count("tunnel-up") == 1
+    assert not net.told("client", NoticeKind.TUNNEL_SILENT)
 
 
 def test_the_server_tells_of_each_client_and_its_paths() -> None:
