@@ -48,11 +48,12 @@ def both(tunnel: Tunnel) -> dict[str, list[str]]:
 
 
 def wait_set_up(tunnel: Tunnel) -> None:
-    """Wait until the client's device has its routes and its final MTU."""
+    """Wait until the client's device has its routes and its final MTU, and the server's route to it too."""
 
     def is_set_up() -> bool:
         seen = tunnel.lab.run("cl", ["sh", "-c", "ip route; ip link show mpt0"])
-        return "0.0.0.0/1 dev mpt0" in seen and "mtu 1420" in seen
+        there = tunnel.lab.run("sv", ["ip", "route"])  # told of a change at most once a second
+        return "0.0.0.0/1 dev mpt0" in seen and "mtu 1420" in seen and "mtu 1420" in there
 
     wait_until(is_set_up, "the client has set up its host")
 
