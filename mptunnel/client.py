@@ -236,6 +236,12 @@ class Client(Role):
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
+    def queue_seen(self, number: int, truesize: int, now: float) -> None:
+        """So much of the kernel's memory is taken by what waits in the socket of a path."""
+        path = self.paths.get(number)
+        if path is not None:
+            path.queue_seen(truesize, now)
+
     def send(self, frames: Sequence[memoryview], now: float, inbox: list[Buffer]) -> None:
         """Take frames from the device; answers of our own to some of them are appended to `inbox`."""
         tunnel, takes_partial = self._tunnel, self._peer.takes_partial

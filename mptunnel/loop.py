@@ -53,6 +53,7 @@ MAX_LOOKS: Final = 10  # in so many seconds: who changes the host all the time m
 LOOKS_SPAN: Final = 2.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
+QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: two full datagrams
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 _NOTHING: list[int] = []
 
@@ -384,6 +385,7 @@ class ClientLoop(Loop):
     def _tun_ready(self, moment: float) -> None:
         frames = self._read_tun()
         if frames:
+            self._look_at_queues(moment)
             self._role.send(frames, moment, self._inbox)
             self._send()
             self._deliver()
@@ -397,6 +399,12 @@ class ClientLoop(Loop):
             refused, why = sock.send(transmit.data, transmit.size)
             if refused:
                 self._role.not_sent(transmit.to, refused, refused * transmit.size, why, now())
+
+    def _look_at_queues(self, moment: float) -> None:
+        """Tell what waits in the sockets of the paths, where so much went that it matters."""
+        for number, sock in self._sockets.items():
+            if sock.unseen >= QUEUE_WORTH_A_LOOK:
+                self._role.queue_seen(number, sock.queued(), moment)
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]

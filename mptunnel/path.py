@@ -24,6 +24,7 @@ import enum
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+from mptunnel.cap import Cap, Delay, SendQueue
 from mptunnel.events import NoticeKind
 from mptunnel.messages import Probe, Record, Use
 
@@ -161,8 +162,8 @@ class Path:
     """What both sides keep of a path."""
 
     __slots__ = (
-        "_answers", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
-        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes",
+        "_answers", "cap", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
+        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes", "withheld",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -171,6 +172,8 @@ class Path:
         self.state = PathState.WAITING
         self.since = now
         self.room: int | None = None
+        self.cap = Cap()
+        self.withheld = 0  # bytes that it was not given, since its queue stood
         self.tx = self.rx = 0  # type 4 datagrams in this incarnation
         self.tx_bytes = self.rx_bytes = 0
         self.rx_size = 0  # longest UDP payload received in this incarnation
@@ -186,6 +189,19 @@ class Path:
         """Whether nothing limits now what it is given."""
         return self.room is None
 
+    def is_limited(self, now: float) -> bool:
+        """Whether it does not take everything now, since its queue stands or it loses too much."""
+        return self.cap.rate is not None
+
+    def allot(self, wanted: int, now: float) -> None:
+        """Set how much of a batch of `wanted` bytes it takes now; the rest is withheld."""
+        self.room = self.cap.room(wanted, now)
+        self._withhold(wanted)
+
+    def _withhold(self, wanted: int) -> None:
+        if self.room is not None and self.room < wanted:
+            self.withheld += wanted - max(0, self.room)
+
     def may_answer(self, now: float) -> bool:
         """Whether another message may be answered on this path in this second."""
         return self._answers.take(now)
@@ -194,6 +210,8 @@ class Path:
         """`count` datagrams, `size` bytes together, were handed to the kernel."""
         self.tx += count
         self.tx_bytes += size
+        if self.cap.rate is not None:
+            self.cap.spend(size)
 
     def not_sent(self, count: int, size: int, why: str) -> None:
         """The kernel did not take them after all."""
@@ -222,6 +240,8 @@ class Path:
             "rx": self.rx,
             "tx_bytes": self.tx_bytes,
             "rx_bytes": self.rx_bytes,
+            "held_kbit": None if self.cap.rate is None else round(self.cap.rate * 8 / 1000),
+            "withheld_bytes": self.withheld,
             "errors": dict(self.errors),
         }
 
@@ -240,7 +260,7 @@ class ClientPath(Path):
         "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
         "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
         "probe_at", "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "told_use", "unanswered", "use",
-        "was_padded",
+        "waiting", "was_padded", "way_down", "way_up",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -253,7 +273,9 @@ class ClientPath(Path):
         self.is_open = False
         self.use = self.told_use = Use.DATA  # what it is for, and what the last probe said
         self.min_rtt = _INF
-        self.queue = 0.0
+        self.queue = 0.0  # s by which the newest ECHO's way down stood above the least
+        self.way_up, self.way_down = Delay(), Delay()
+        self.waiting = SendQueue()
         self.seen_as: tuple[str, int] | None = None
         self.carries = 0  # the largest inner packet that was shown to pass both ways
         self.proof_tries = 0  # how often a full-size probe has been sent for that, unanswered
@@ -262,7 +284,7 @@ class ClientPath(Path):
 
     def _restart_counts(self, now: float) -> None:
         self._seq = 0
-        self._pending: dict[int, tuple[float, int, int]] = {}
+        self._pending: dict[int, tuple[float, int, int, int]] = {}  # by seq: when, our `tx`, bytes, padded size
         self._answered = (0, 0)  # seq and ECHO number of the newest probe that was answered
         self._was_challenged = False  # and has not been answered since
         self._bytes_since_probe = 0
@@ -278,6 +300,7 @@ class ClientPath(Path):
         self.rx_size = 0
         self.loss_up.restart()
         self.loss_down.restart()
+        self.cap.restart()
 
     def opened(self, incarnation: int, now: float) -> None:
         """A new socket: everything the server knows of the old one is void."""
@@ -286,6 +309,8 @@ class ClientPath(Path):
         self.carries = self.proof_tries = 0
         self.min_rtt = _INF
         self.rtt = None
+        self.way_up, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
+        self.room = None
         self._restart_counts(now)
         self._enter(PathState.PROBING, now)
 
@@ -305,6 +330,9 @@ class ClientPath(Path):
         """Count, and ask for a probe after every 32 KiB."""
         self.tx += count
         self.tx_bytes += size
+        self.waiting.waiting += size
+        if self.cap.rate is not None:
+            self.cap.spend(size)
         self._bytes_since_probe += size
         if self._bytes_since_probe >= PROBE_BYTES:
             self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)
@@ -320,10 +348,14 @@ class ClientPath(Path):
         """See `Path.status`; also what the user calls it and wants it for."""
         return {**super().status(), "label": self.label or None, "use": self.use.name.lower()}
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it works both ways, slow or not."""
+        return self.state is PathState.UP or self.state is PathState.SLOW
+
     def works(self, now: float) -> bool:
         """Whether it answers: what was asked last, or not long before, has come back."""
-        is_up = self.state is PathState.UP or self.state is PathState.SLOW
-        return self.is_open and is_up and now - self.silent_since <= max(DOUBT_AFTER, 3 * (self.rtt or 0.0))
+        return self.is_open and self.is_up and now - self.silent_since <= max(DOUBT_AFTER, 3 * (self.rtt or 0.0))
 
     def is_silent(self, now: float) -> bool:
         """Whether it has been silent so long that copies are no use any more."""
@@ -347,7 +379,7 @@ class ClientPath(Path):
         self._seq += 1
         if len(self._pending) >= MAX_PENDING:
             del self._pending[next(iter(self._pending))]
-        self._pending[self._seq] = (now, self.tx + 1, padded)
+        self._pending[self._seq] = (now, self.tx + 1, self.tx_bytes, padded)
         self.unanswered += 1
         self.was_padded = padded > 0
         if padded:
@@ -376,6 +408,51 @@ class ClientPath(Path):
         self.echoed = max(self.echoed, number)
         self.heard_at = now
 
+    def is_limited(self, now: float) -> bool:
+        """Whether it does not take everything now."""
+        return self.cap.rate is not None or self.waiting.is_limited(now)
+
+    def allot(self, wanted: int, now: float) -> None:
+        """See `Path.allot`; what waits in its own socket counts too."""
+        self.room = self.cap.room(wanted, now)
+        if self.waiting.is_limited(now):
+            most = self.waiting.limit(self.cap.delivered_rate() or 0.0) - self.waiting.waiting
+            self.room = most if self.room is None else min(most, self.room)
+        self._withhold(wanted)
+
+    def queue_seen(self, truesize: int, now: float) -> None:
+        """What waits in the path's socket takes `truesize` bytes of the kernel's memory (TIOCOUTQ, tty_ioctl(4))."""
+        self.waiting.seen(truesize, self.cap.delivered_rate() or 0.0, now)
+
+    def delay(self, now: float) -> float:
+        """Return how long a datagram takes upwards, in s; infinity while it is not known.
+
+        A probe that should have been answered by now is worth as much as one that came back so late.
+        """
+        if self.rtt is None:
+            return _INF
+        overdue = now - self.silent_since - self.rtt - 4 * self.jitter
+        return self.min_rtt / 2 + self.way_up.queue(now) + max(0.0, overdue)
+
+    def measured(self, up: float, down: float, now: float) -> None:
+        """An ECHO has shown how long both ways took.
+
+        Arrival minus departure, each by its own side's clock, in s: only the changes mean something.
+        """
+        self.way_up.count(up, now)
+        self.way_down.count(down, now)
+        self.queue = max(0.0, self.way_down.newest())
+
+    def rebase(self) -> None:
+        """What stands above the least delay upwards is no queue: the way has become longer."""
+        self.way_up.rebase()
+        self.min_rtt = self.rtt or self.min_rtt
+
+    def probed(self, seq: int) -> tuple[int, int] | None:
+        """Return how many datagrams and bytes had gone this way with the probe `seq`, None if it is not awaited."""
+        pending = self._pending.get(seq)
+        return None if pending is None else pending[1:3]
+
     def echo_received(self, seq: int, number: int, held: float, tx: int, rx: int, now: float) -> int | None:
         """Count an ECHO. Return the padded size it proves (0: none), or None if it answers no probe of ours."""
         self.echoed = max(self.echoed, number)
@@ -383,7 +460,7 @@ class ClientPath(Path):
         pending = self._pending.pop(seq, None)
         if pending is None:
             return None
-        sent_at, our_tx, padded = pending
+        sent_at, our_tx, _, padded = pending
         rtt = max(0.0, now - sent_at - held)
         if self.rtt is None:
             self.rtt, self.jitter = rtt, rtt / 2
@@ -407,12 +484,13 @@ class ClientPath(Path):
         if self._was_challenged:  # what was under way at that moment has not been counted there
             self._was_challenged = False
             self.loss_up.restart()
+            self.cap.restart()
         self.loss_down.count(tx, self.rx, now)
         return padded
 
     def answered(self, now: float) -> bool:
         """The path works both ways; return whether that is news."""
-        if not self._enter(PathState.UP, now):
+        if not self._enter(PathState.SLOW if self.is_limited(now) else PathState.UP, now):
             return False
         if not self.carries:
             self.proof_tries = 0
@@ -434,8 +512,8 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_tx_at", "candidate", "endpoint", "idle_room", "interval", "is_told",
-        "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use",
+        "_heard", "_order", "_spacing", "_tx_at", "candidate", "endpoint", "fed_back", "idle_room", "interval",
+        "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -454,13 +532,26 @@ class ServerPath(Path):
         self.seq = 0
         self.unasked_at = _INF
         self.use = Use.DATA
-        self._tx_at: deque[int] = deque(maxlen=256)  # our `tx` at the newest ECHOs, the last of them `number`
+        self._spacing = PROBE_INTERVAL  # s between two refreshes, smoothed
+        self.way_down = Delay()  # as the client says
+        self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
+        self._tx_at: deque[tuple[int, int]] = deque(maxlen=256)  # our `tx` and bytes at the newest ECHOs up to `number`
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
 
     @property
     def takes_anything(self) -> bool:
         """Whether nothing limits now what it is given; an idle path takes 16 KiB (R5)."""
         return self.room is None and self.state is PathState.FRESH
+
+    def delay(self, now: float) -> float:
+        """Return how long a datagram takes downwards, in s, as the client says; infinity while it has not said it.
+
+        A probe that should have come by now, as they came lately, is worth as much as one that came so late.
+        """
+        if self.rtt is None:
+            return _INF
+        overdue = now - self.refreshed_at - 3 * self._spacing
+        return self.rtt / 2 + self.way_down.queue(now) + max(0.0, overdue)
 
     def is_newer(self, serial: int, counter: int) -> bool:
         """R2: only a probe of a later session, or of the same with a higher counter, counts; it is remembered."""
@@ -501,10 +592,16 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
+            self.cap, self.way_down, self.room = Cap(), Delay(), None
         self.loss_up.count(probe.tx, self.rx, now)
+        self.fed_back = None
         since = self.number - probe.echoed  # ECHOs since the one it has heard last
-        if not self.is_told and probe.echoed and 0 <= since < len(self._tx_at):
-            self.loss_down.count(self._tx_at[-1 - since], probe.rx, now)
+        if probe.echoed and 0 <= since < len(self._tx_at):
+            given, given_bytes = self._tx_at[-1 - since]
+            if not self.is_told:
+                self.loss_down.count(given, probe.rx, now)
+            self.way_down.count(probe.queue_us / 1e6, now)
+            self.fed_back = (given, given_bytes)
         self.reported = max(self.reported, min(probe.echoed, self.number))
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
@@ -521,11 +618,13 @@ class ServerPath(Path):
     def next_number(self) -> int:
         """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""
         self.number += 1
-        self._tx_at.append(self.tx + 1)
+        self._tx_at.append((self.tx + 1, self.tx_bytes))
         return self.number
 
     def refresh(self, now: float) -> None:
         """There is proof that the client is still at this endpoint."""
+        spacing = min(max(now - self.refreshed_at, PROBE_SPACING), self.interval or PROBE_INTERVAL)
+        self._spacing += (spacing - self._spacing) / 4
         self.refreshed_at = now
         self.idle_room = IDLE_BYTES
         self.unasked_at = _INF if self.interval > 1.0 else now + UNASKED_AFTER

@@ -1,7 +1,10 @@
 """Which paths carry a batch of datagrams, and how much of it.
 
-The answer is how many leading datagrams of the batch each path gets, 0 to all; so a slow path can be given the head
-of a batch that a fast one carries whole. One decision per batch, never per packet.
+`allot` asks each path how much it takes now, where one is limited (see `cap`). The path with the least delay is not
+asked: every packet goes whole to at least one.
+
+The answer of `choose` is how many leading datagrams of the batch each path gets, 0 to all; so a slow path can be given
+the head of a batch that a fast one carries whole. One decision per batch, never per packet.
 
 `redundant` gives everything to every path that may carry data. Which paths may is not decided here: a client leaves
 out a path that has been silent for 30 s while another lives, a server those that were not refreshed (see `path`).
@@ -19,6 +22,33 @@ class Carrier(Protocol):
     """What the scheduler must know of a path: how many bytes it takes now, None for any number."""
 
     room: int | None
+
+
+class Limited(Carrier, Protocol):
+    """A path that may be limited."""
+
+    def is_limited(self, now: float) -> bool:
+        """Whether it does not take everything."""
+
+    def delay(self, now: float) -> float:
+        """Return how long a datagram takes by it now, in s, as far as that can be compared with another path's."""
+
+    def allot(self, wanted: int, now: float) -> None:
+        """Set `room`, in bytes, for a batch of `wanted` bytes."""
+
+
+def allot(carriers: Sequence[Limited], wanted: int, now: float) -> None:
+    """Let every carrier set its `room` for a batch of `wanted` bytes, but the one with the least delay."""
+    if not any([carrier.is_limited(now) for carrier in carriers]):  # noqa: C419  a list is faster for so few
+        for carrier in carriers:
+            carrier.room = None
+        return
+    least = min(carriers, key=lambda carrier: carrier.delay(now))
+    for carrier in carriers:
+        if carrier is least:
+            carrier.room = None
+        else:
+            carrier.allot(wanted, now)
 
 
 AnyCarrier = TypeVar("AnyCarrier", bound=Carrier)

@@ -53,7 +53,7 @@ from mptunnel.messages import (
 from mptunnel.packet import MIN_MTU
 from mptunnel.path import NOTICES, PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
-from mptunnel.scheduler import Redundant
+from mptunnel.scheduler import Redundant, allot
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
 from mptunnel.timers import (
     ENROL_INTERVAL,
@@ -260,6 +260,8 @@ class ServerPeer(Peer):
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
+        if len(carriers) > 1:
+            allot(carriers, count * size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _carriers(self, now: float) -> list[ClientPath]:
@@ -270,7 +272,7 @@ class ServerPeer(Peer):
 
     def _handshake_ways(self, now: float) -> list[Any]:
         if not self.takes_one_copy:
-            up = [path.id for path in self._open_paths() if path.state is PathState.UP]
+            up = [path.id for path in self._open_paths() if path.is_up]
             if self._asks_quietly and up:
                 return [up[self._serial % len(up)]]
             return [path.id for path in self._open_paths()]
@@ -549,16 +551,23 @@ class ServerPeer(Peer):
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)
             return
+        probed, before = path.probed(echo.seq), path.state
         proven = path.echo_received(echo.seq, echo.number, echo.held_us / 1e6, echo.tx, echo.rx, now)
-        if proven is None:
+        if proven is None or probed is None:
             return
+        arrived_us = echo.sent_us - echo.held_us
+        path.measured(_seconds(arrived_us - echo.probe_us), _seconds(self._now_us(now) - echo.sent_us), now)
+        self._review_cap(path, arrived_us / 1e6, probed, echo.rx, now)
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
         if self._owes_hello:  # it knows us still; what it said before holds
             self._hello_is_answered = self._has_address = True
             self._stop_hello()
-        if path.answered(now):
+        if path.answered(now) and path.state is PathState.SLOW:
+            log.info("path %s slow: what it cannot carry in time goes by the others only", path.name)
+            self.tell_path(path, now, rtt_ms=round((path.rtt or 0) * 1e3, 3))
+        elif path.state is not before:
             log.info(
                 "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
             )
@@ -567,6 +576,18 @@ class ServerPeer(Peer):
         if path.carries <= proven <= size and proven:  # it came back as long as the probe was
             path.carries, path.proven_at, path.proof_tries = proven, now, 0
             self._consider_mtu(now)
+
+    def _review_cap(self, path: ClientPath, at: float, given: tuple[int, int], delivered: int, now: float) -> None:
+        """The server had received `delivered` datagrams `at` its time, when (datagrams, bytes) had been `given`."""
+        others = [other for other in self._open_paths() if other is not path and other.is_up]
+        queue = path.way_up.queue(now) - min((other.way_up.queue(now) for other in others), default=0.0)
+        loss = path.loss_up.recent() or 0.0
+        is_worst = any((other.loss_up.recent() or 0.0) < loss for other in others)
+        was_held = path.cap.rate is not None
+        if path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst):
+            path.rebase()
+        if path.cap.rate is not None and not was_held:
+            log.debug("path %s held: a queue of %.0f ms, %.0f %% lost", path.name, queue * 1e3, loss * 100)
 
     def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
         if close.path != WHOLE_SESSION or self._is_closed or session is not self.current:
@@ -694,7 +715,7 @@ class ServerPeer(Peer):
         is_heard = now - path.heard_at <= max(1.0, 4 * (path.rtt or 0.0))
         if now - path.padded_at < max(2 * PROBE_SPACING, path.rtt or 0.0):
             return 0
-        if path.state is not PathState.UP or path.was_padded or not is_heard:
+        if not path.is_up or path.was_padded or not is_heard:
             return 0
         if path.carries:
             if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
@@ -716,7 +737,7 @@ class ServerPeer(Peer):
 
     def _consider_mtu(self, now: float) -> None:
         """Adopt the MTU that every path that is up carries; it rises only after a while, and falls at once."""
-        up = [path for path in self._open_paths() if path.state is PathState.UP]
+        up = [path for path in self._open_paths() if path.is_up]
         known = [path.carries for path in up if path.carries]
         if not known or (len(known) < len(up) and self._mtu_changed_at == -INF and now - self._answered_at < 1.0):
             return
@@ -748,3 +769,8 @@ class ServerPeer(Peer):
                 super()._expired(timer, now, out)
             case _:
                 super()._expired(timer, now, out)
+
+
+def _seconds(difference_us: int) -> float:
+    """Return the difference of two clocks' us, modulo 2^64, in s."""
+    return ((difference_us + (1 << 63)) % (1 << 64) - (1 << 63)) / 1e6

@@ -12,12 +12,15 @@ Sources: ip(7), ipv6(7), udp(7), socket(7), linux/udp.h.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
 import struct
+import termios
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,6 +124,8 @@ class PathSocket(Receiver):
             sock.close()
             raise PathError(_why_not(wish, error)) from None
         self.port: int = sock.getsockname()[1]
+        self.unseen = 0  # bytes sent since its queue was looked at
+        self._outq = array.array("i", [0])
 
     def receive(self) -> tuple[memoryview, int]:
         """Return the next run of datagrams, in a buffer that is used again, and their size. Raises OSError."""
@@ -133,8 +138,15 @@ class PathSocket(Receiver):
                 self._note_overruns(data)
         return self._buffer[:length], size
 
+    def queued(self) -> int:
+        """Return how much kernel memory is taken by what has not left yet (TIOCOUTQ, udp(7))."""
+        fcntl.ioctl(self._socket, termios.TIOCOUTQ, self._outq)
+        self.unseen = 0
+        return self._outq[0]
+
     def send(self, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
+        self.unseen += len(data)
         send, refused, why = self._socket.send, 0, ""
         if size < len(data) and self.sends_runs:
             try:

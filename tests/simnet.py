@@ -97,6 +97,9 @@ class StockParty(Party, Protocol):
     def send(self, packets: list[bytes], now: float) -> None: ...
 
 
+IP_UDP = 28  # bytes of headers on an IPv4 wire
+
+
 @dataclass
 class Wire:
     """One uplink: seconds, shares, and whether it lets anything through at all."""
@@ -110,6 +113,10 @@ class Wire:
     cuts_up: bool = False
     cuts_down: bool = False
     largest: int = 65535  # bytes of UDP payload
+    rate: float = 0.0  # bytes a second, UDP and IP headers counted in, each way; 0: any
+    buffer: float = 250_000.0  # bytes that wait for it; what comes on top is lost
+    free_at: dict[str, float] = field(default_factory=lambda: {"up": 0.0, "down": 0.0})
+    took: list[tuple[float, float, str]] = field(default_factory=list)  # with a rate: when sent, how long it took, way
     nat_port: int = 40000
     nat_host: str = ""
     address: str = ""  # the client's, on this wire
@@ -491,9 +498,18 @@ class Simnet:
         if wire.is_cut or cut or self.down[number] or len(datagram) > wire.largest or self.rng.random() < loss:
             wire.counts[f"lost_{side}"] += 1
             return
+        waits = 0.0
+        if wire.rate:
+            waits = max(0.0, wire.free_at[side] - self.now)
+            if waits * wire.rate + len(datagram) > wire.buffer:
+                wire.counts[f"lost_{side}"] += 1
+                return
+            waits += (len(datagram) + IP_UDP) / wire.rate
+            wire.free_at[side] = self.now + waits
+            wire.took.append((self.now, waits + wire.delay, side))
         copies = 2 if self.rng.random() < wire.duplicate else 1
         for _ in range(copies):
-            when = self.now + wire.delay + self.rng.random() * wire.jitter
+            when = self.now + waits + wire.delay + self.rng.random() * wire.jitter
             heapq.heappush(self._queue, (when, next(self._order), side, number, datagram))
 
     # -- looking back ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ CORE = [
     "messages packet events keys scheduler",
     "records wgquick noise",
     "config session admission",
-    "gaps history",
+    "gaps history cap",
     "timers path receipts alarm pathbook",
     "peer standby",
     "serverpeer clientpeer register uplinks role",

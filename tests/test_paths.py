@@ -67,7 +67,7 @@ def test_a_path_that_swallows_large_packets_loses_nothing_for_the_other(make_tun
     tunnel.lab.wire("p1").set(mtu=1300)
     check_all_arrived("path 1 swallows large packets", Datagrams(tunnel.lab, 1.5, rate=300, size=1372).finish())
     assert tunnel.lab.wire("p1").counts().up.too_long > 100
-    assert tunnel.paths()["p1"]["state"] == "up", "small ones pass"
+    assert tunnel.paths()["p1"]["state"] in {"up", "slow"}, "small ones pass"
 
 
 def test_the_tunnel_takes_the_size_that_every_path_carries(make_tunnel: Maker) -> None:

@@ -1,0 +1,235 @@
+"""How much a path may be given: a slow or bloated link never hurts, and what it delivers is never old.
+
+A copy on a path whose queue stands is of no use: it comes long after the first one, and when the fast path dies the
+survivor is seconds behind. So a path gets less than everything, and the rest of its copies is dropped at the source,
+
+* by **delay**: it is *held* when its one-way delay stands more than 30 ms above its floor. The delay is that of probes
+  (up) and ECHOs (down), which wait in the same queues as data; "stands" means: the least of the newest samples, for
+  jitter is no queue. The floor is the least delay of the last minute or so, for clocks drift. What stands on all paths
+  alike is no queue of this one: a busy machine, or a link that they share. Nor is what stands though next to nothing
+  was given, or does not get less though less is given: a new route, whose delay is the new floor;
+* by **loss**: it is held when feedback has said for a second that it delivers less than half of what it is given,
+  although another path loses less. An outage is no such loss: then there is no feedback;
+* by its own **send queue** (client only): what the kernel has not sent yet may not be more than 50 ms of what the path
+  delivers, or two datagrams.
+
+Held means: a rate, enforced by a bucket. While the queue stands, it is as much under what the path delivers as the
+queue is long, so that it drains within a second; when the queue is gone, it grows by a tenth at a time, so that a link
+that has recovered is found out. A path that has not been at its limit for two seconds is held no more. The rate does
+not fall below 64 kbit/s: probes have to get through, and tell when it is better. The path with the least delay is
+exempt from all this (see `scheduler`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+STANDS: Final = 0.030  # s above the floor, and what a full datagram takes: a queue
+DRAINED: Final = 0.015  # s above the floor, and what a full datagram takes: none
+DRAIN_TIME: Final = 0.3  # s: the length of queue that all of the rate is needed to drain
+LEAST_GAIN, MOST_GAIN, GROWTH = 0.1, 0.95, 1.05  # of the delivered rate: with a long queue, a short one, none
+LEAST_RATE: Final = 8000.0  # bytes/s
+RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become less by
+RESPONSE: Final = 0.3  # of what it was
+RATE_SPAN: Final = 1.0  # s over which rates are measured
+RATE_LEAST_SPAN: Final = 0.25  # a shorter time says nothing of a rate
+GROW_EVERY: Final = 0.1
+SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
+SAMPLES: Final = 3  # at the least
+SAMPLES_LEAST_SPAN: Final = 0.1  # s that they must be apart to say that something stands
+FLOOR_SPAN: Final = 30.0  # the floor is the least delay of this span and of the one before it
+QUEUE_TIME: Final = 0.050  # s of the delivered rate that may wait in the kernel
+QUEUE_STANDS: Final = 0.020  # s that more than that must have waited: a burst is no queue
+TRUESIZE: Final = 2  # TIOCOUTQ counts the kernel's buffers, 1.6 to 2.3 times the bytes
+FREE_AFTER: Final = 2.0  # s without having been at the limit
+BURST_TIME: Final = 0.02  # s of the rate that may go at once
+FULL: Final = 1500  # bytes of a full datagram on the wire
+LEAST_GIVEN: Final = 20  # datagrams: fewer say nothing of a loss
+LOSES_FOR: Final = 1.0  # s
+OUTAGE: Final = 0.4  # s without feedback, though in use: what happened meanwhile says nothing of a rate
+
+INF: Final = float("inf")
+
+
+class Delay:
+    """One-way delay in one direction, from clocks that agree in nothing but their pace."""
+
+    __slots__ = ("_floors", "_floors_at", "_samples")
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque(maxlen=64)
+        self._floors = (INF, INF)  # of the span before, of this one
+        self._floors_at = -INF
+
+    def count(self, delay: float, now: float) -> None:
+        """A sample: arrival by the receiver's clock minus departure by the sender's, in s."""
+        if now - self._floors_at > FLOOR_SPAN:
+            self._floors = (self._floors[1] if now - self._floors_at < 2 * FLOOR_SPAN else INF, INF)
+            self._floors_at = now
+        self._floors = (self._floors[0], min(self._floors[1], delay))
+        self._samples.append((now, delay))
+
+    def rebase(self) -> None:
+        """What stands is no queue: take it for the floor from now on."""
+        self._floors = (INF, min(delay for _, delay in [*self._samples][-SAMPLES:]))
+
+    def newest(self) -> float:
+        """Return how far the newest sample stands above the floor, in s."""
+        return self._samples[-1][1] - min(self._floors) if self._samples else 0.0
+
+    def queue(self, now: float) -> float:
+        """Return how far the delay stands above its floor, in s: the least of the newest samples."""
+        newest = [sample for sample in self._samples if now - sample[0] <= SAMPLES_SPAN]
+        if len(newest) < SAMPLES:
+            newest = [*self._samples][-SAMPLES:]
+        if len(newest) < SAMPLES or newest[-1][0] - newest[0][0] < SAMPLES_LEAST_SPAN:
+            return 0.0
+        return max(0.0, min(delay for _, delay in newest) - min(self._floors))
+
+
+class SendQueue:
+    """What waits in a path's own socket, looked at now and then (TIOCOUTQ)."""
+
+    __slots__ = ("_limited_until", "_over_since", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting = 0  # bytes
+        self._over_since = INF
+        self._limited_until = -INF
+
+    def seen(self, truesize: int, delivered_rate: float, now: float) -> None:
+        """The kernel's buffers of what waits are of `truesize` bytes."""
+        self.waiting = truesize // TRUESIZE
+        if self.waiting <= self.limit(delivered_rate):
+            self._over_since = INF
+        elif self._over_since == INF:
+            self._over_since = now
+        elif now - self._over_since > QUEUE_STANDS:
+            self._limited_until = now + FREE_AFTER
+
+    def is_limited(self, now: float) -> bool:
+        """Whether the queue has stood lately, so that the limit holds."""
+        return now < self._limited_until
+
+    def limit(self, delivered_rate: float) -> int:
+        """Return how many bytes may wait."""
+        return max(2 * FULL, int(QUEUE_TIME * delivered_rate))
+
+
+class Cap:
+    """The rate that a path is held at in one direction; `rate` is None while it is not."""
+
+    __slots__ = ("_at", "_grown_at", "_limited_at", "_loses_since", "_seen", "_stood", "_tokens", "rate")
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._seen: deque[tuple[float, int, int, int]] = deque()  # receiver's time, given, its bytes, delivered
+        self._tokens = 0.0
+        self._at = -INF
+        self._grown_at = -INF
+        self._limited_at = -INF
+        self._loses_since = INF
+        self._stood = (INF, 0.0)  # since when a queue stands, and how long it was then
+
+    def restart(self) -> None:
+        """Counts begin anew: what was seen before says nothing of them."""
+        self._seen.clear()
+        self._loses_since = INF
+
+    def feedback(
+        self, at: float, given: int, given_bytes: int, delivered: int, queue: float, now: float, *, is_worst: bool
+    ) -> bool:
+        """The receiver had received `delivered` datagrams `at` its time, of the `given` ones sent by then.
+
+        `given_bytes` are theirs. All three count on from one feedback to the next. `queue` is by how many seconds the
+        delay stands above its floor; `is_worst` says that another path loses less.
+        Returns whether that is no queue, but a new floor.
+        """
+        seen = self._seen
+        if seen and (at <= seen[-1][0] or given < seen[-1][1] or delivered < seen[-1][3]):
+            return False  # an older one that came late
+        if seen and at - seen[-1][0] > OUTAGE:
+            self.restart()
+        seen.append((at, given, given_bytes, delivered))
+        if not (is_worst and self._lost_half()):
+            self._loses_since = INF
+        elif self._loses_since == INF:
+            self._loses_since = now
+        while seen[0][0] < at - RATE_SPAN and seen[1][0] <= at - RATE_LEAST_SPAN:
+            seen.popleft()
+        rate = self.delivered_rate()
+        if rate is None:
+            return False
+        if self._is_idle():
+            return queue > STANDS
+        queue -= FULL / max(rate, LEAST_RATE)
+        stands = queue > (STANDS if self.rate is None else DRAINED)
+        if stands and not self._responds(queue, now):
+            self.rate = None
+            self._limited_at = self._at = -INF
+            self._stood = (INF, 0.0)
+            return True
+        if not stands:
+            self._stood = (INF, 0.0)
+        if stands or now - self._loses_since > LOSES_FOR:
+            gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (queue - DRAINED) / DRAIN_TIME))
+            self.rate = max(LEAST_RATE, gain * rate)
+            if self._limited_at == -INF or self._at == -INF:
+                self._tokens, self._at = 0.0, now
+            self._limited_at = now
+        elif self.rate is not None:
+            if now - self._limited_at > FREE_AFTER:
+                self.rate = None
+                self._limited_at = self._at = -INF
+            elif now - self._grown_at >= GROW_EVERY:
+                self._grown_at = now
+                self.rate = max(self.rate, GROWTH * rate)
+        return False
+
+    def delivered_rate(self) -> float | None:
+        """Return what arrived lately, in bytes/s; None while too little is known."""
+        if len(self._seen) < 2:
+            return None
+        (from_at, given_0, bytes_0, delivered_0), (to_at, given, given_bytes, delivered) = self._seen[0], self._seen[-1]
+        if to_at - from_at < RATE_LEAST_SPAN or given == given_0:
+            return None
+        size = (given_bytes - bytes_0) / (given - given_0)
+        return (delivered - delivered_0) * size / (to_at - from_at)
+
+    def room(self, wanted: int, now: float) -> int | None:
+        """Return how many bytes may go now of `wanted` ones, None for any number."""
+        rate = self.rate
+        if rate is None:
+            return None
+        most = max(FULL, rate * BURST_TIME)
+        self._tokens = min(most, self._tokens + (now - self._at) * rate)
+        self._at = now
+        if wanted > self._tokens:
+            self._limited_at = now
+        return int(self._tokens)
+
+    def spend(self, size: int) -> None:
+        """So many bytes went."""
+        if self.rate is not None:
+            self._tokens -= size
+
+    def _is_idle(self) -> bool:
+        """Whether so little was given that no queue can be of it."""
+        (from_at, _, bytes_0, _), (to_at, _, given_bytes, _) = self._seen[0], self._seen[-1]
+        return self.rate is None and given_bytes - bytes_0 < LEAST_RATE * (to_at - from_at)
+
+    def _responds(self, queue: float, now: float) -> bool:
+        """Whether a queue that stands may be ours: it gets less when less is given."""
+        since, length = self._stood
+        has_responded = now - since > RESPONDS_IN + 2 * length and queue < (1 - RESPONSE) * length
+        if since == INF or has_responded or queue > (1 + RESPONSE / 3) * length:  # it grows until our restraint arrives
+            self._stood = (now, queue)
+            return True
+        return now - since <= RESPONDS_IN + 2 * length
+
+    def _lost_half(self) -> bool:
+        """Whether it delivered less than half of what it was given since some feedback not long ago."""
+        _, given, _, delivered = self._seen[-1]
+        before = next((seen for seen in reversed(self._seen) if given - seen[1] >= LEAST_GIVEN), None)
+        return before is not None and 2 * (delivered - before[3]) < given - before[1]
