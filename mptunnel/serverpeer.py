@@ -176,14 +176,18 @@ class ServerPeer(Peer):
         if self.takes_one_copy and self._single != (single := self._single_path()) and single is not None:
             self._send_keepalive(now, out)
 
-    def close(self, reason: CloseReason, now: float, out: list[Transmit], path: int = WHOLE_SESSION) -> None:
+    def path_replaced(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
+        """Another uplink has got the number of a path that is closed; both ends count for the new one from 0."""
+        self._forget_receipts(path.id)
+        self.close(CloseReason.TAKEN_OFF, now, out, path)
+
+    def close(self, reason: CloseReason, now: float, out: list[Transmit], path: ClientPath | None = None) -> None:
         """Say on every path that the session (or one path) ends."""
-        incarnation = self.paths[path].incarnation if path != WHOLE_SESSION else 0
-        plain = Close(path, reason, incarnation).encode()
+        plain = Close(WHOLE_SESSION, reason, 0) if path is None else Close(path.id, reason, path.incarnation)
         if self.is_multipath:
             for way in self._open_paths():
-                if way.id != path:
-                    self._send_control(plain, way.id, way, now, out)
+                if way is not path:
+                    self._send_control(plain.encode(), way.id, way, now, out)
 
     def too_big(self, path: ClientPath, now: float) -> None:
         """The kernel refused a datagram on `path` for its size: the size under test does not pass."""
