@@ -142,6 +142,7 @@ class Client(Role):
         self._reopen_at: dict[int, float] = {}
         self._missing: set[str] = set()
         self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
+        self._holders: dict[int, ClientPath] = {}  # that are counted under each number, or were last
         self._mend_at = INF
         self._opened_at: dict[int, float] = {}
         self.paths: dict[int, ClientPath] = {}
@@ -332,6 +333,9 @@ class Client(Role):
                 path = None
             if path is None:
                 path = self.paths[number] = self._new_path(number, uplink.name, now)
+                holder, self._holders[number] = self._holders.get(number, path), path
+                if holder is not path:
+                    self._peer.path_replaced(holder, now, self._out)
             if way is None:
                 is_told = number in self._ways  # `_close_path` tells of those that were there
                 self._close_path(path, now)
@@ -404,7 +408,7 @@ class Client(Role):
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
-            self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path.id)
+            self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path)
         if path.closed(now):
             why = f"{path.interface} is gone, down, has no address or is not wanted"
             log.info("path %s %s: %s", path.name, what, why)

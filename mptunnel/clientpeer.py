@@ -378,7 +378,11 @@ class ClientPeer(Peer):
             self._forget_paths()
         else:
             path = self.paths.get(close.path)
-            if path is not None and path.incarnation == close.incarnation:
+            if path is not None and path.incarnation != close.incarnation:
+                return  # of an earlier socket
+            if close.reason == CloseReason.TAKEN_OFF:
+                self._forget_receipts(close.path)
+            if path is not None:
                 self._tell_down(path, "closed by the client", now)
                 self._forget_path(path)
 

@@ -188,6 +188,12 @@ class Gaps:
                 way.session = None
                 way.high = -1
 
+    def forget(self, path: int) -> None:
+        """Another path has got this number."""
+        self.ways[path] = Way(1 << path)
+        self._suspects = [suspect for suspect in self._suspects if suspect.way.bit != 1 << path]
+        self._in_use &= ~(1 << path)  # so it is silent from the next mark on
+
     def ongoing(self, way: Way, now: float) -> float:
         """Return for how long a path that owes a packet has been silent by now, 0 if it is not."""
         silence = now - way.at

@@ -5,7 +5,8 @@ the last twenty steps of 3 s, and of 3 min, in the bytes of a RECEIPT (some 130 
 of each step. A window is the difference between now and the beginning of its first step, modulo 2^32.
 
 `Told` is the account of the other direction, as the other end tells it: the newest RECEIPT counts, by session and
-counter, so one that is lost or late costs nothing. Its gaps are since the start and of the last minute; whenever
+counter, so one that is lost or late costs nothing. Where counts of a path fall, that path is another one there, or
+has begun anew. Its gaps are since the start and of the last minute; whenever
 the latter is another than before, a gap has come to an end.
 """
 
@@ -63,6 +64,14 @@ class History:
         self._base = account
         self._base_gaps = array("d", _NO_GAPS)
 
+    def forget(self, path: int) -> None:
+        """Another path has got this number."""
+        for ring in self._rings:
+            ring.forget(path)
+        if self._base is not None:
+            self._base = _without(self._base, path)
+        self._base_gaps[path] = 0.0
+
     def shown(self, account: Receipt) -> Receipt:
         """Return what there is since the start, or since it was begun afresh."""
         return account if self._base is None else _difference(account, self._base, self._base_gaps)
@@ -102,12 +111,22 @@ class Told:
         if last is None:
             self.account = receipt
             return True
+        for each in receipt.records:
+            old = path_receipt(last, each.path)
+            if _more(old.first, each.first) < 0 or _more(old.missed, each.missed) < 0:  # which else only grow
+                last = _without(last, each.path)
+                self.forget(each.path)
         self.account = _continued(self.account, last, receipt)
         self._note_gap(MAX_PATHS, receipt.gap, receipt.recent, last.gap, last.recent)
         for each in receipt.records:
             old = path_receipt(last, each.path)
             self._note_gap(each.path, each.gap, each.recent, old.gap, old.recent)
         return True
+
+    def forget(self, path: int) -> None:
+        """Another path has got this number. While the other end does not know, its gaps are still those of both."""
+        self.account = _without(self.account, path)
+        self.history.forget(path)
 
     def begin_afresh(self) -> None:
         """Show from now on what comes on top of what there is."""
@@ -198,6 +217,11 @@ class _Ring:
             gaps = self._steps[-1][2]
             gaps[way] = max(gaps[way], length)
 
+    def forget(self, path: int) -> None:
+        for number, (at, said, gaps) in enumerate(self._steps):
+            gaps[path] = 0.0
+            self._steps[number] = (at, _without(decode_receipt_untrusted(memoryview(said)), path).encode(), gaps)
+
     def gaps(self, now: float) -> array[float]:
         """Return the longest gaps of the window by way."""
         found = array("d", _NO_GAPS)
@@ -247,6 +271,11 @@ def _continued(account: Receipt, last: Receipt, new: Receipt) -> Receipt:
         account.packets + more.packets, account.received + more.received, account.lost + more.lost,
         account.saved + more.saved, new.gap, new.recent, new.paths, tuple(records.values()),
     )  # fmt: skip
+
+
+def _without(receipt: Receipt, path: int) -> Receipt:
+    """Return an account that knows nothing of a path."""
+    return replace(receipt, records=tuple(each for each in receipt.records if each.path != path))
 
 
 def _more(before: int, now: int, bits: int = 32) -> int:

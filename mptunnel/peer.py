@@ -640,6 +640,11 @@ class Peer:
         """Take a RECEIPT; return whether it is the newest."""
         return self.told.take(messages.decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
 
+    def _forget_receipts(self, path: int) -> None:
+        """Another path has got this number: what was counted by it is none of its business."""
+        self.receipts.forget(path)
+        self.told.forget(path)
+
     def begin_receipts_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""
         self.receipts.begin_afresh(now)

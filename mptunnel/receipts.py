@@ -140,8 +140,8 @@ class Receipts:
         counted = counted or {}
         records = []
         for path, way in enumerate(self.gaps.ways[:MAX_PATHS]):
-            if not (self._in_use >> path & 1 or self.first[path] or path in counted):
-                continue
+            if not (self._in_use >> path & 1 or self.first[path] or self.missed[path] or path in counted):
+                continue  # one that was said once is always said: else it would be added again when it comes back
             records.append(
                 PathReceipt(
                     path, *counted.get(path, (0, 0)), self.first[path], self.missed[path],
@@ -181,6 +181,13 @@ class Receipts:
         """What `status` shows of it and of one path."""
         account = self.account(now=now)
         return path_status(self.history.shown(account), self.history.views(account, now), path)
+
+    def forget(self, path: int) -> None:
+        """Another path has got this number; only what is on its way now may still count for it."""
+        self.first[path] = self.missed[path] = 0
+        self._said_by.pop(path, None)
+        self.gaps.forget(path)
+        self.history.forget(path)
 
     def restart(self) -> None:
         """The sender counts from 0 again; what has come in so far belongs to the old account."""

@@ -19,10 +19,7 @@ Keys that end between two probes are not missed before. When no ECHO came on any
 probes were sent, a handshake is started: the server may have restarted. The old session stays in use until then.
 Paths that stand by (`standby`) are probed as in idleness.
 
-**MTU.** It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at
-the same size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is
-the least of what the paths that are up carry. In use, each path is shown its size again every 2 s; where it does not
-pass any more, the tunnel's MTU falls to 1280 at once.
+**MTU.** Every other probe may be padded: see `mtu`.
 """
 
 from __future__ import annotations
@@ -50,8 +47,9 @@ from mptunnel.messages import (
     Hello,
     Use,
 )
+from mptunnel.mtu import PROVE_AGAIN, TunnelMtu, refused
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import NOTICES, PROBE_INTERVAL, PROBE_SPACING, ClientPath, PathState
+from mptunnel.path import NOTICES, PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant, allot
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
@@ -84,12 +82,6 @@ ANSWERED_SPACING: Final = 1.0
 FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
 RENEW_BEFORE: Final = 10.0  # idle, new keys are made so long before the old ones end
 RENEW_AFTER: Final = 60.0  # and not before they are so old: an unanswered probe is no reason
-PROOF_TRIES: Final = 5
-PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
-FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
-MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
-RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
-
 
 News = Hello | Address | Enrolled | Close | Notice | int  # int: the tunnel's MTU has changed to this
 
@@ -140,7 +132,7 @@ class ServerPeer(Peer):
         self._answered_at = -INF
         self._begun_at = -INF  # when there was a session again after a time without one
         self._echoed_at = -INF  # when an ECHO came on any path
-        self._mtu_changed_at = -INF
+        self._mtu = TunnelMtu()
         self._hello_serial = 1
         self._hellos = 0
         self._hello_is_answered = False
@@ -176,22 +168,22 @@ class ServerPeer(Peer):
         if self.takes_one_copy and self._single != (single := self._single_path()) and single is not None:
             self._send_keepalive(now, out)
 
-    def close(self, reason: CloseReason, now: float, out: list[Transmit], path: int = WHOLE_SESSION) -> None:
+    def path_replaced(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
+        """Another uplink has got the number of a path that is closed; both ends count for the new one from 0."""
+        self._forget_receipts(path.id)
+        self.close(CloseReason.TAKEN_OFF, now, out, path)
+
+    def close(self, reason: CloseReason, now: float, out: list[Transmit], path: ClientPath | None = None) -> None:
         """Say on every path that the session (or one path) ends."""
-        incarnation = self.paths[path].incarnation if path != WHOLE_SESSION else 0
-        plain = Close(path, reason, incarnation).encode()
+        plain = Close(WHOLE_SESSION, reason, 0) if path is None else Close(path.id, reason, path.incarnation)
         if self.is_multipath:
             for way in self._open_paths():
-                if way.id != path:
-                    self._send_control(plain, way.id, way, now, out)
+                if way is not path:
+                    self._send_control(plain.encode(), way.id, way, now, out)
 
     def too_big(self, path: ClientPath, now: float) -> None:
-        """The kernel refused a datagram on `path` for its size: the size under test does not pass."""
-        if path.carries:  # no more
-            path.carries = path.proof_tries = 0
-        elif path.proof_tries:
-            path.proof_tries = -(-path.proof_tries // PROOF_TRIES) * PROOF_TRIES
-        path.probe_at = min(path.probe_at, now + PROBE_SPACING)
+        """The kernel refused a datagram on `path` for its size."""
+        refused(path, now)
 
     @property
     def speaks(self) -> bool:
@@ -613,7 +605,10 @@ class ServerPeer(Peer):
         in_use = self.in_use(now) and use is Use.DATA
         follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
         interval = self._probe_interval if in_use else FOLLOW_UP if follows_up else self._idle_probe
-        padded = self._size_to_prove(path, now)
+        is_data_recent = path.proof_tries or now - self.data_at < PROVE_AGAIN  # else nobody sends there: it would cost
+        is_shown_again = self.in_use(now) and path.use is Use.DATA and bool(is_data_recent)
+        padded = self._mtu.size_to_prove(path, self.mtu, now, is_shown_again=is_shown_again)
+        self._adopt_mtu()
         others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
         plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded, use)
         self._send_control(plain, path.id, path, now, out)
@@ -704,53 +699,14 @@ class ServerPeer(Peer):
             log.warning("gap over: %s is back after %.0f ms", self.name, lasted * 1e3)
             self.news.append(self.notice(NoticeKind.GAP_OVER, now, lasted_ms=round(lasted * 1e3, 1)))
 
-    # -- MTU -------------------------------------------------------------------------------------------
-
-    def _size_to_prove(self, path: ClientPath, now: float) -> int:
-        """The size that the next probe of `path` is padded to, 0 for a small one.
-
-        Every other probe is small: a size that does not pass must not make the path look dead; and however often
-        probes go out, an answer has the time of a round trip.
-        """
-        is_heard = now - path.heard_at <= max(1.0, 4 * (path.rtt or 0.0))
-        if now - path.padded_at < max(2 * PROBE_SPACING, path.rtt or 0.0):
-            return 0
-        if not path.is_up or path.was_padded or not is_heard:
-            return 0
-        if path.carries:
-            if now - path.proven_at < PROVE_AGAIN or not self.in_use(now):
-                return 0
-            if path.use is not Use.DATA or (not path.proof_tries and now - self.data_at >= PROVE_AGAIN):
-                return 0  # nobody sends there now: it would only cost
-            path.proof_tries += 1
-            if path.proof_tries <= FALL_TRIES:
-                return path.carries
-            log.info("path %s does not carry packets of %d bytes any more", path.name, path.carries)
-            path.carries = path.proof_tries = 0
-            if self.tunnel_mtu > MIN_MTU:
-                self._adopt_mtu(MIN_MTU, now)
-        sizes = [self.mtu, *(step for step in MTU_STEPS if step < self.mtu)]
-        step, path.proof_tries = path.proof_tries // PROOF_TRIES, path.proof_tries + 1
-        if step < len(sizes):
-            return sizes[step]
-        return 0
-
     def _consider_mtu(self, now: float) -> None:
-        """Adopt the MTU that every path that is up carries; it rises only after a while, and falls at once."""
-        up = [path for path in self._open_paths() if path.is_up]
-        known = [path.carries for path in up if path.carries]
-        if not known or (len(known) < len(up) and self._mtu_changed_at == -INF and now - self._answered_at < 1.0):
-            return
-        mtu = min(known)
-        if mtu == self.tunnel_mtu or (mtu > self.tunnel_mtu and now - self._mtu_changed_at < RISE_AFTER):
-            return
-        self._adopt_mtu(mtu, now)
+        self._mtu.consider(self._open_paths(), self._answered_at, now)
+        self._adopt_mtu()
 
-    def _adopt_mtu(self, mtu: int, now: float) -> None:
-        log.info("tunnel MTU %d", mtu)
-        self.tunnel_mtu = mtu
-        self._mtu_changed_at = now
-        self.news.append(mtu)
+    def _adopt_mtu(self) -> None:
+        if self._mtu.value != self.tunnel_mtu:
+            self.tunnel_mtu = self._mtu.value
+            self.news.append(self.tunnel_mtu)
 
     # -- time ------------------------------------------------------------------------------------------
 

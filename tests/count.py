@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 SHORT = 0.02  # s: silences up to this are none
 OUTAGE = 0.3  # s: longer ones that another wire bridges are outages
+NOBODY = -1  # the wire of a copy that came before its path was bound: it brings the packet, and counts for no path
 Key = tuple[bytes, int]  # session and counter
 
 
@@ -24,7 +25,8 @@ def account(order: Mapping[Key, int], came: Sequence[tuple[float, int, Key]], wi
         if key not in by:
             firsts.append((at, key))
         by.setdefault(key, []).append(wire)
-        copies[wire].append((at, key))
+        if wire != NOBODY:
+            copies[wire].append((at, key))
     paths = []
     for wire in range(wires):
         gaps = find_gaps(order, copies[wire], by)
@@ -43,7 +45,7 @@ def account(order: Mapping[Key, int], came: Sequence[tuple[float, int, Key]], wi
         "packets": len(order),
         "received": len(by),
         "lost": len(order) - len(by),
-        "saved": sum(len({*those}) < wires for those in by.values()),
+        "saved": sum(len({*those} - {NOBODY}) < wires for those in by.values()),
         "longest_gap_ms": 1e3 * max((length for length, _ in find_gaps(order, firsts, by)), default=0.0),
         "paths": paths,
     }

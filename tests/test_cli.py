@@ -47,15 +47,10 @@ CLIENT_STATUS = {"format": 1, "role": "client", "device": "mpt0", "state": "up",
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("MPTUNNEL_"):
             monkeypatch.delenv(name)
-    logger = logging.getLogger("mptunnel")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
 
 
 @pytest.fixture

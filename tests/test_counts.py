@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mptunnel.messages import INITIATION, Capability, Challenge, Control, Hello
+from mptunnel.mtu import MTU_STEPS
 from mptunnel.noise import CookieMaker, StaticKey
 from mptunnel.path import MAX_ANSWERS, PathState
-from mptunnel.serverpeer import MTU_STEPS
 from tests.simnet import CLIENT_KEY, CLIENT_PUBLIC, TARGET, Simnet, Wire, ipv4, stranger
 
 if TYPE_CHECKING:

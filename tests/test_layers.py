@@ -18,7 +18,7 @@ CORE = [
     "config session admission",
     "gaps history cap",
     "timers path receipts alarm pathbook",
-    "peer standby",
+    "peer standby mtu",
     "serverpeer clientpeer register uplinks role",
     "plan",
     "upkeep pathdesk view",

@@ -165,6 +165,45 @@ def test_an_uplink_is_added_and_taken_off_while_the_tunnel_runs() -> None:
         ask(net, "paths-remove", path="w1")
 
 
+def alone(net: Simnet, at: str) -> list[dict[str, Any]]:
+    """What one end says of path 1 alone, of both directions."""
+    status = net.client.status(net.now) if at == "client" else net.server.status(net.now)["peers"][0]
+    return [path["alone"][side] for path in status["paths"] if path["id"] == 1 for side in ("up", "down")]
+
+
+@pytest.mark.parametrize("server_is_told", [True, False])
+def test_who_gets_the_number_of_another_has_nothing_of_its_receipts(*, server_is_told: bool) -> None:
+    net = running(Wire(), Wire(), Wire(), settings=ClientSettings(server="sim.example", interfaces=("w0", "w1")))
+    for number in range(2, 8):  # a number that nobody had would be taken first
+        ask(net, "paths-add", uplink=f"x{number}")
+        ask(net, "paths-remove", path=f"x{number}")
+    traffic = Traffic(net)
+    traffic.start(20.0)
+    net.run(1.0)
+    net.wires[1].is_cut = True
+    net.run(5.0)
+    net.wires[1].is_cut = False
+    net.run(4.0)
+    for said in (*alone(net, "client"), *alone(net, "server")):
+        assert said["missed"] >= 500
+        assert said["longest_gap_ms"] > 4900
+    ask(net, "paths-remove", path="w1")
+    net.run(3.0)
+    net.wires[0].is_cut = not server_is_told
+    assert ask(net, "paths-add", uplink="w2") == {"id": 1, "uplink": "w2"}
+    net.run(0.01)
+    net.wires[0].is_cut = False
+    net.run(12.0)
+    assert net.client.paths[1].state is PathState.UP
+    up, down = alone(net, "server")
+    assert (up["missed"] < 300) == server_is_told
+    for said in (*alone(net, "client"), down):
+        assert 0 <= said["minute"]["missed"] <= said["missed"] < 300  # it counts from the oldest mark of 2 s on
+    for said in (*alone(net, "client"), up, down) if server_is_told else alone(net, "client")[1:]:
+        assert said["longest_gap_ms"] < 2100
+        assert said["minute"]["longest_gap_ms"] < 2100
+
+
 def test_an_uplink_that_was_found_and_taken_off_is_not_found_again_until_it_is_added() -> None:
     net = running(settings=ClientSettings(server="sim.example"))
     assert set(net.client.paths) == {0, 1}

@@ -595,7 +595,7 @@ def test_the_mtu_falls_at_once_and_rises_only_after_60_s() -> None:
     net.set_link(1, up=True)
     net.run(12.0)
     assert net.peer.tunnel_mtu == 1340
-    fallen = net.peer._mtu_changed_at
+    fallen = net.peer._mtu.changed_at
     net.set_link(1, up=False)
     net.run(fallen + 59.0 - net.now)
     assert net.peer.tunnel_mtu == 1340
