@@ -61,6 +61,7 @@ IN_USE: Final = 10.0
 UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
 ROUTE_SPACING: Final = 1.0  # a client that changes its MTU all the time must not keep the host busy
 HELLO_WITHIN: Final = 3.0  # of the first data under a session: else the client is a stock peer now
+UNPROVEN_SHARE: Final = 3  # times what came from an address may go there while its client may yet say HELLO (R4)
 
 
 class ClientPeer(Peer):
@@ -95,12 +96,14 @@ class ClientPeer(Peer):
         self._unsaid = (-1, -INF)  # the session in which data came last, and when the first of it came
         self._unbound_answers = Allowance()
         self._mtu_told_at = -INF
+        self._stock_from = -INF if record.stock else INF  # before that its HELLO may be under way
+        self._credit = 0  # bytes that may go to `endpoint` before that
 
     # -- sending ---------------------------------------------------------------------------------------
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ServerPath | None, Any, int]]:
         if not self.is_multipath:
-            return [] if self.endpoint is None else [(None, self.endpoint, count)]
+            return self._choose_endpoint(count, size, now)
         carriers = self._carriers(now)
         if len(carriers) > 1:
             allot(carriers, count * size, now)
@@ -113,6 +116,13 @@ class ClientPeer(Peer):
             if fits:
                 chosen.append((path, path.endpoint, fits))
         return chosen
+
+    def _choose_endpoint(self, count: int, size: int, now: float) -> Sequence[tuple[None, Any, int]]:
+        """Return the one way to a stock peer; little goes there while it may be one of ours that has not said so."""
+        if self.endpoint is not None and now < self._stock_from:
+            count = min(count, self._credit // size)
+            self._credit -= count * size
+        return [(None, self.endpoint, count)] if count and self.endpoint is not None else []
 
     def _carriers(self, now: float) -> list[ServerPath]:
         """Return the paths that may carry data now, by R5 and by what the client wants them for."""
@@ -156,6 +166,10 @@ class ClientPeer(Peer):
         """Return the path that is bound to this endpoint."""
         return self._bound.get(source)
 
+    def _learn_endpoint(self, source: Any) -> None:
+        if source != self.endpoint:
+            self.endpoint, self._credit = source, 0
+
     def _paths_in_use(self) -> int:
         if not self.is_multipath:
             return 0
@@ -192,6 +206,7 @@ class ClientPeer(Peer):
         self.news.append(None)
         if not self.is_multipath:
             self._has_come(now)
+            self._stock_from = min(self._stock_from, now + HELLO_WITHIN)
         if self.current is not None and self.current.is_initiator:  # we called a stock peer: it waits for a datagram
             if self._staged:
                 self._flush(now, out)
@@ -211,8 +226,10 @@ class ClientPeer(Peer):
         """See `Peer.receive`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
         if not super().receive(session, datagrams, size, source, now, inbox, out):
             return False
-        if self._staged and not self.is_multipath and self.heard_at == now:
-            self._flush(now, out)  # only now: had it said HELLO, nothing would go where no challenge was answered
+        if not self.is_multipath and self.heard_at == now:
+            self._credit += UNPROVEN_SHARE * len(datagrams)
+            if self._staged:
+                self._flush(now, out)  # only now: had it said HELLO, nothing would go where no challenge was answered
         if self.is_multipath and self.data_at == now and session is self.current:
             if session.serial != self._unsaid[0]:
                 self._unsaid = (session.serial, now)

@@ -146,6 +146,7 @@ class Simnet:
         self.rng = random.Random(seed)
         self.now = start
         self.wall_offset = wall - start
+        self.client_ahead = 0.0  # the client's wall clock, of the server's
         self.wires = list(wires) or [Wire(), Wire(delay=0.06)]
         for number, wire in enumerate(self.wires):
             wire.nat_host = wire.nat_host or f"192.0.2.{number + 1}"
@@ -215,7 +216,7 @@ class Simnet:
         self.client = Client(
             self.settings, Membership(record, CLIENT_KEY, token, "sim"), [SERVER_ADDRESS],
             reserved=self._reserved("client"), kept=(), entropy=self.entropy, rng=self.rng, now=self.now,
-            wall=self.now + self.wall_offset,
+            wall=self.now + self.wall_offset + self.client_ahead,
         )  # fmt: skip
         self.client_side = self.client
         self.client.links_changed(self.links(), self.now)
@@ -321,8 +322,8 @@ class Simnet:
 
     def _tell_wall(self) -> None:
         self._wall_at = self.now + 1.0
-        for party in (self.client_side, self.server_side):
-            party.wall_is(self.now, self.now + self.wall_offset)
+        for party, ahead in ((self.client_side, self.client_ahead), (self.server_side, 0.0)):
+            party.wall_is(self.now, self.now + self.wall_offset + ahead)
 
     def release(self, failure: Exception | None = None) -> None:
         """Let the saves that are held back be done, or fail."""
