@@ -53,6 +53,7 @@ from mptunnel.plan import Tunnel, path_values, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
+from mptunnel.servers import Servers
 from mptunnel.upkeep import TUNNEL, Upkeep
 from mptunnel.uplinks import Uplinks, Way
 from mptunnel.view import client_status
@@ -73,8 +74,6 @@ log = logging.getLogger(__name__)
 
 JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
-RESOLVE_EVERY: Final = 3600.0
-RESOLVE_AGAIN: Final = 2.0  # while no address is known
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
@@ -132,7 +131,7 @@ class Client(Role):
         )
         self._settings = settings
         self._membership = membership
-        self._servers = list(servers)
+        self._servers = Servers(settings.server, servers, now)
         self._kept = tuple(kept)
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
@@ -155,10 +154,8 @@ class Client(Role):
         self._state_at = now
         self._has_warned = False
         self._joined: ServerRecord | None = None  # what is being saved
-        self._resolve_at = now + (RESOLVE_EVERY if servers else RESOLVE_AGAIN)
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._join_failure: RefusedError | None = None  # why we gave up joining, if it is not that nobody answered
-        self._tried_servers_at = now
         self._peer = self._new_peer(now)
 
     def _new_peer(self, now: float) -> ServerPeer:
@@ -256,7 +253,7 @@ class Client(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at, self._mend_at)
+        due = min(self._peer.next_deadline(), self._join_until, self._servers.resolve_at, self._mend_at)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, *self._reopen_at.values()) if self._reopen_at else due
@@ -270,8 +267,8 @@ class Client(Role):
             self._events.append(Stop(self._join_failure or self._unreachable()))
         if any(at <= now for at in self._reopen_at.values()):
             self._arrange(now)
-        if now >= self._resolve_at:
-            self._resolve(now)
+        if now >= self._servers.resolve_at and self._servers.asked(now):
+            self._events.append(Resolve(self._settings.server, self._settings.port))
         if now >= self._mend_at:
             self._mend(now)
         self._review_state(now)
@@ -317,7 +314,7 @@ class Client(Role):
 
     def _arrange(self, now: float) -> None:
         """Open, close and move paths as the links now are."""
-        servers = self._server_by_version()
+        servers = self._servers.in_use()
         found = self._uplinks.find(self._links, servers, self._settings.device, self._avoid)
         for number, way in found.items():
             uplink = self._uplinks.by_id[number]
@@ -431,24 +428,14 @@ class Client(Role):
 
     # -- the server's addresses ------------------------------------------------------------------------
 
-    def _server_by_version(self) -> dict[int, IPAddress]:
-        """The address in use of each IP version: the first that is known."""
-        return {address.version: address for address in reversed(self._servers)}
-
-    def _resolve(self, now: float) -> None:
-        self._resolve_at = now + (RESOLVE_EVERY if self._servers else RESOLVE_AGAIN)
-        if not _is_literal(self._settings.server):
-            self._events.append(Resolve(self._settings.server, self._settings.port))
-
     def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
-        new = [address for address in addresses if address not in self._servers]
+        in_use = set(self._servers.in_use().values())
+        new = self._servers.resolved(addresses)
         if not new:
             return
-        in_use = set(self._server_by_version().values())
-        self._servers = [*(a for a in self._servers if a in in_use or a in addresses), *new]
         log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
         record = self._membership.record
-        record.addresses = tuple(map(str, self._servers))
+        record.addresses = tuple(map(str, self._servers.known))
         self._save_record(record)
         if not in_use:
             self._arrange(now)
@@ -457,12 +444,7 @@ class Client(Role):
 
     def _next_server(self, now: float) -> None:
         """Every path is silent: try the next address of each IP version."""
-        self._tried_servers_at = now
-        versions = {address.version for address in self._servers}
-        for version in versions:
-            same = [address for address in self._servers if address.version == version]
-            rest = [address for address in self._servers if address.version != version]
-            self._servers = [*same[1:], same[0], *rest]
+        self._servers.turn(now)
         self._arrange(now)
 
     def _review_state(self, now: float) -> None:
@@ -484,7 +466,7 @@ class Client(Role):
         if not self._has_warned and now >= self._state_at + WARN_AFTER:
             self._has_warned = True
             log.warning("%s; trying for ever", self._why_silent())
-        if len(self._servers) > 1 and now - max(self._tried_servers_at, self._state_at) > SILENT_AFTER:
+        if len(self._servers.known) > 1 and now - max(self._servers.turned_at, self._state_at) > SILENT_AFTER:
             self._next_server(now)
         for path in self.paths.values():
             opened_at = self._opened_at.get(path.id, now)
@@ -507,7 +489,7 @@ class Client(Role):
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
     def _why_silent(self) -> str:
-        if not self._servers:
+        if not self._servers.known:
             return f"the name {self._settings.server} does not resolve to an address"
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
@@ -595,7 +577,7 @@ class Client(Role):
         """Let the script give the device its addresses and routes, or give them anew."""
         if self._upkeep is not None:
             self._upkeep.tunnel_asked(tunnel, self._settings.routes)
-        values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers), self._kept)
+        values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers.known), self._kept)
         self._events.append(RunScript("up", values))
 
     def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
@@ -710,14 +692,6 @@ class Client(Role):
 
 def _record_file(record: ServerRecord) -> str:
     return f"client/servers/{record.file_name}"
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        IPv6Address(host) if ":" in host else IPv4Address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:

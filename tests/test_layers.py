@@ -21,7 +21,7 @@ CORE = [
     "peer standby mtu",
     "serverpeer clientpeer register uplinks role",
     "plan",
-    "upkeep pathdesk view",
+    "upkeep pathdesk servers view",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
