@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import noise
@@ -49,7 +48,7 @@ from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
-from mptunnel.plan import Tunnel, path_values, tunnel_values
+from mptunnel.plan import Tunnel, allowed_by, path_values, stock_tunnel, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
@@ -61,6 +60,7 @@ from mptunnel.view import client_status
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job, Transmit
@@ -178,7 +178,7 @@ class Client(Role):
             is_ours=token is not None or record.said_hello or record.joined,
             is_stock=settings.wireguard is not None,
             enrol=enrol,
-            allows=_allowed_by(settings.wireguard) if settings.wireguard else None,
+            allows=allowed_by(settings.wireguard) if settings.wireguard else None,
             alarm=Alarm(settings.alarm_ms / 1e3, PROBE_INTERVAL) if settings.alarm_ms else None,
         )
         if settings.wireguard and settings.wireguard.keepalive:
@@ -559,12 +559,9 @@ class Client(Role):
 
     def _adopt_wireguard(self, file: WireGuardFile) -> None:
         """A stock server gives no addresses: they are in its configuration."""
-        own4 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv4Address)), None)
-        own6 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv6Address)), None)
         dns = file.dns if self._settings.dns_mode is DnsMode.AUTO else self._settings.dns or ()
-        has_ipv6 = own6 is not None and any(network.version == 6 for network in file.allowed_ips)
         self._tunnel_mtu = self._settings.mtu
-        self._set_up(Tunnel(own4, own4, own6, own6, has_ipv6, dns))
+        self._set_up(stock_tunnel(file, dns))
 
     def _set_up(self, tunnel: Tunnel) -> None:
         if tunnel == self._tunnel:
@@ -692,14 +689,3 @@ class Client(Role):
 
 def _record_file(record: ServerRecord) -> str:
     return f"client/servers/{record.file_name}"
-
-
-def _allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:
-    """Return the check of an incoming packet's source against AllowedIPs."""
-    networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
-
-    def is_allowed(source: bytes) -> bool:
-        address: IPAddress = IPv4Address(source) if len(source) == 4 else IPv6Address(source)
-        return any(address in network for network in networks[address.version])
-
-    return is_allowed
