@@ -19,7 +19,9 @@ import click
 from click.core import ParameterSource
 
 from mptunnel import __version__
+from mptunnel.commands import PLACES, Commands, json_line, json_text, places
 from mptunnel.errors import MptunnelError, NotPermittedError, NotRunningError
+from mptunnel.pathcommands import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +30,6 @@ PROGRAM: Final = "mptunnel"
 INTERRUPTED: Final = 130
 DEGRADED: Final = 4
 
-_PLACES = {"state_dir": "/var/lib/mptunnel", "run_dir": "/run/mptunnel"}  # as in config, which --help does not import
 _INHERITED = frozenset({"state_dir", "run_dir", "tun", "config", "verbose", "quiet"})
 _MAX_INPUT = 1 << 20
 _CAP_NET_ADMIN = 12
@@ -78,30 +79,7 @@ class _Option(click.Option):
         self.section = section
 
 
-class _Commands(click.Group):
-    """A group that says what it takes where nothing or something else was said."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse to be called without a command."""
-        if not args:
-            raise click.UsageError(f"which command? there are {', '.join(self.commands)}", ctx)
-        return super().parse_args(ctx, args)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands in the order of their definition."""
-        del ctx
-        return list(self.commands)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command of this name, or say what may have been meant."""
-        if self.get_command(ctx, args[0]) is None:
-            raise click.UsageError(_stray_word(ctx, args[0], self.commands), ctx)
-        return super().resolve_command(ctx, args)
-
-
-class _Program(_Commands):
+class _Program(Commands):
     """The program itself: its help has sections, and it runs without a command too."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -209,8 +187,8 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
 @_option("Both", "--mode", metavar="MODE", help="Which paths carry a packet: redundant, all of them (default).")
 @_option("Both", "--script", metavar="FILE|none", help="Set the host up by this script, or not at all.")
 @_option("Both", "--on-event", metavar="PROGRAM", help="Run this for each event, which it finds in its environment.")
-@_option("Both", "--state-dir", metavar="DIR", help=f"Keys, peers, tokens. [default: {_PLACES['state_dir']}]")
-@_option("Both", "--run-dir", metavar="DIR", help=f"Locks, control sockets. [default: {_PLACES['run_dir']}]")
+@_option("Both", "--state-dir", metavar="DIR", help=f"Keys, peers, tokens. [default: {PLACES['state_dir']}]")
+@_option("Both", "--run-dir", metavar="DIR", help=f"Locks, control sockets. [default: {PLACES['run_dir']}]")
 @_option(
     "Both", "--config", metavar="FILE", is_eager=True, callback=_load_file, help="Take options from this TOML file."
 )
@@ -260,27 +238,13 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
         run_client(client)
 
 
-def _place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path:
-    """Return a directory: as given to the command, else to the program, else the default."""
-    name = str(parameter.name)
-    return Path(value or ctx.find_root().params.get(name) or _PLACES[name]).absolute()
-
-
-def _places(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --state-dir and --run-dir."""
-    for name, default in _PLACES.items():
-        option = "--" + name.replace("_", "-")
-        command = click.option(option, metavar="DIR", callback=_place, help=f"[default: {default}]")(command)
-    return command
-
-
 @cli.command()
 @click.option("-t", "--tun", metavar="mptN", help="Only this instance. Without: all that run.")
 @click.option("--json", "as_json", is_flag=True, help="The whole status, as JSON.")
 @click.option("--exit-code", is_flag=True, help="Leave with 4 where not every path works.")
 @click.option("--reset", is_flag=True, help="Then begin the receipts afresh, for whoever looks at this end.")
 @click.option("--watch", is_flag=True, help="Keep showing it, live, until Ctrl-C.")
-@_places
+@places
 @click.pass_context
 def status(
     ctx: click.Context,
@@ -307,7 +271,7 @@ def status(
         watch_status(run_dir, tun)
         return
     found = [control.ask(path, "status") for path in sockets]
-    texts = [_json(one) if as_json else report.status_text(one) for one in found]
+    texts = [json_text(one) if as_json else report.status_text(one) for one in found]
     click.echo(("\n" if as_json else "\n\n").join(texts))
     if reset:
         for path in sockets:
@@ -319,7 +283,7 @@ def status(
 @cli.command()
 @click.option("-t", "--tun", metavar="mptN", help="This instance, where several run.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-@_places
+@places
 @click.pass_context
 def events(ctx: click.Context, tun: str | None, *, as_json: bool, state_dir: Path, run_dir: Path) -> None:
     """Show what happens to paths and tunnel, as it happens."""
@@ -330,10 +294,10 @@ def events(ctx: click.Context, tun: str | None, *, as_json: bool, state_dir: Pat
     if len(sockets) > 1:
         raise click.UsageError(f"several run ({', '.join(path.stem for path in sockets)}): choose one by -t", ctx)
     for event in control.listen(sockets[0]):
-        click.echo(_json_line(event) if as_json else report.event_text(event))
+        click.echo(json_line(event) if as_json else report.event_text(event))
 
 
-@cli.group(cls=_Commands)
+@cli.group(cls=Commands)
 def token() -> None:
     """Make, show and revoke join tokens (server)."""
 
@@ -341,7 +305,7 @@ def token() -> None:
 @token.command("new")
 @click.argument("label", default="")
 @click.option("--hours", type=float, default=1.0, show_default=True, help="How long it can be used.")
-@_places
+@places
 def token_new(label: str, hours: float, state_dir: Path, run_dir: Path) -> None:
     """Make a token and print it. LABEL is a note of yours, shown by the list."""
     from mptunnel import admin  # noqa: PLC0415
@@ -354,18 +318,18 @@ def token_new(label: str, hours: float, state_dir: Path, run_dir: Path) -> None:
 
 @token.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@_places
+@places
 def token_list(*, as_json: bool, state_dir: Path, run_dir: Path) -> None:
     """Show all tokens: open ones, and for 30 days what became of the others."""
     from mptunnel import admin, report  # noqa: PLC0415
 
     tokens = admin.perform(state_dir, run_dir, "token-list")
-    click.echo(_json(tokens) if as_json else report.tokens_text(tokens, time.time()))
+    click.echo(json_text(tokens) if as_json else report.tokens_text(tokens, time.time()))
 
 
 @token.command("revoke")
 @click.argument("ident")
-@_places
+@places
 def token_revoke(ident: str, state_dir: Path, run_dir: Path) -> None:
     """Take a token back, so that nobody can join by it."""
     from mptunnel import admin  # noqa: PLC0415
@@ -374,20 +338,20 @@ def token_revoke(ident: str, state_dir: Path, run_dir: Path) -> None:
     click.echo(f"token {revoked['ident']} revoked", err=True)
 
 
-@cli.group(cls=_Commands)
+@cli.group(cls=Commands)
 def peer() -> None:
     """Add, show and remove clients (server)."""
 
 
 @peer.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@_places
+@places
 def peer_list(*, as_json: bool, state_dir: Path, run_dir: Path) -> None:
     """Show the clients that are let in."""
     from mptunnel import admin, report  # noqa: PLC0415
 
     peers = admin.perform(state_dir, run_dir, "peer-list")
-    click.echo(_json(peers) if as_json else report.peers_text(peers, time.time()))
+    click.echo(json_text(peers) if as_json else report.peers_text(peers, time.time()))
 
 
 @peer.command("add")
@@ -395,7 +359,7 @@ def peer_list(*, as_json: bool, state_dir: Path, run_dir: Path) -> None:
 @click.option("--public-key", metavar="KEY", help="The client's key ('mptunnel pubkey' there). Without: one is made.")
 @click.option("--psk", is_flag=True, help="Add a preshared key.")
 @click.option("--endpoint", metavar="HOST[:PORT]", help="Where the client finds this server.")
-@_places
+@places
 def peer_add(
     name: str, public_key: str | None, endpoint: str | None, *, psk: bool, state_dir: Path, run_dir: Path
 ) -> None:
@@ -425,7 +389,7 @@ def peer_add(
 
 @peer.command("remove")
 @click.argument("name")
-@_places
+@places
 def peer_remove(name: str, state_dir: Path, run_dir: Path) -> None:
     """Let a client in no longer, at once."""
     from mptunnel import admin  # noqa: PLC0415
@@ -434,94 +398,7 @@ def peer_remove(name: str, state_dir: Path, run_dir: Path) -> None:
     click.echo(f"peer {removed['name']} is no longer let in", err=True)
 
 
-@cli.group(cls=_Commands)
-@click.option("-t", "--tun", metavar="mptN", help="Of this instance. Without: of the only client that runs.")
-def paths(tun: str | None) -> None:
-    """Show and change the paths of a running client.
-
-    PATH is a path's label, the name or address it was added by, its interface, or its number. What is set here holds
-    after a restart too, for the same server; but every uplink that the command line names by -i is a path again then.
-    """
-    del tun
-
-
-def _ask_client(verb: str, run_dir: Path, /, **arguments: object) -> Any:
-    from mptunnel import control  # noqa: PLC0415
-
-    ctx = click.get_current_context()
-    given = [each.params.get("tun") for each in (ctx.parent, ctx.find_root()) if each is not None]
-    return control.ask_client(run_dir, next(filter(None, given), None), verb, **arguments)
-
-
-@paths.command("list")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@_places
-def paths_list(*, as_json: bool, state_dir: Path, run_dir: Path) -> None:
-    """Show the paths, what they are for, and what metered ones have carried this month."""
-    from mptunnel import report  # noqa: PLC0415
-
-    del state_dir
-    found = _ask_client("paths-list", run_dir)
-    click.echo(_json(found) if as_json else report.paths_text(found))
-
-
-@paths.command("add")
-@click.argument("uplink", metavar="NAME|ADDR")
-@_places
-def paths_add(uplink: str, state_dir: Path, run_dir: Path) -> None:
-    """Use one more interface, which need not be there yet; also one that was removed."""
-    del state_dir
-    made = _ask_client("paths-add", run_dir, uplink=uplink)
-    click.echo(f"path {made['id']} is {made['uplink']}", err=True)
-
-
-@paths.command("remove")
-@click.argument("path")
-@_places
-def paths_remove(path: str, state_dir: Path, run_dir: Path) -> None:
-    """Use an interface no longer. Without -i it is not found again either, until it is added."""
-    del state_dir
-    gone = _ask_client("paths-remove", run_dir, path=path)
-    click.echo(f"path {gone['id']}, {gone['uplink']}, is no longer used", err=True)
-
-
-@paths.command("name")
-@click.argument("path")
-@click.argument("label")
-@_places
-def paths_name(path: str, label: str, state_dir: Path, run_dir: Path) -> None:
-    """Show a path by a LABEL of yours; '' takes it back."""
-    del state_dir
-    said = _ask_client("paths-name", run_dir, path=path, label=label)
-    click.echo(f"path {said['id']}, {said['uplink']}, is {label or 'shown by its interface'} now", err=True)
-
-
-@paths.command("priority")
-@click.argument("path")
-@click.argument("priority", metavar="data|standby")
-@_places
-def paths_priority(path: str, priority: str, state_dir: Path, run_dir: Path) -> None:
-    """Let a path carry everything (data), or only while no path for data works (standby)."""
-    del state_dir
-    said = _ask_client("paths-priority", run_dir, path=path, priority=priority)
-    click.echo(f"path {said['id']}, {said['uplink']}, is for {said['priority']} now", err=True)
-
-
-@paths.command("metered")
-@click.argument("path")
-@click.argument("limit", metavar="LIMIT|off")
-@click.option("--reset-day", type=int, default=1, show_default=True, help="Day of the month, 1 to 28, local time.")
-@_places
-def paths_metered(path: str, limit: str, reset_day: int, state_dir: Path, run_dir: Path) -> None:
-    """Let a path stand by once it has carried so much in a month (5GB, 750MB).
-
-    Counted are this tunnel's datagrams over the interface, both directions, with IP and UDP headers, from now on. What
-    the interface carries otherwise is not known here.
-    """
-    del state_dir
-    said = _ask_client("paths-metered", run_dir, path=path, limit=limit, reset_day=reset_day)
-    what = "is not metered" if said["metered"] is None else f"stands by after {limit} a month, from day {reset_day} on"
-    click.echo(f"path {said['id']}, {said['uplink']}, {what}", err=True)
+cli.add_command(paths)
 
 
 @cli.command()
@@ -533,7 +410,7 @@ def genkey() -> None:
 
 
 @cli.command()
-@_places
+@places
 def pubkey(state_dir: Path, run_dir: Path) -> None:
     """Print a public key.
 
@@ -623,7 +500,7 @@ def bench(ctx: click.Context, /, *, soak: float | None, as_json: str, **options:
 
 @cli.command()
 @click.argument("device", required=False, metavar="[mptN]")
-@_places
+@places
 @click.pass_context
 def cleanup(ctx: click.Context, device: str | None, state_dir: Path, run_dir: Path) -> None:
     """Take back what a killed mptunnel left.
@@ -685,18 +562,6 @@ def _not_running(tun: str | None, run_dir: Path, others: Iterable[Path]) -> str:
     return f"no mptunnel runs{f' as {tun}' if tun else ''} (no socket in {run_dir} answers); start it with -s or -c"
 
 
-def _json(value: object) -> str:
-    import json  # noqa: PLC0415
-
-    return json.dumps(value, indent=2)
-
-
-def _json_line(value: object) -> str:
-    import json  # noqa: PLC0415
-
-    return json.dumps(value)
-
-
 def _label(ctx: click.Context, parameter: click.Parameter) -> str:
     """Return how the user wrote an option: `-p`, `MPTUNNEL_PORT`, `port in FILE`."""
     source = ctx.get_parameter_source(parameter.name or "")
@@ -716,21 +581,6 @@ def _usage_line(error: click.ClickException) -> str:
     elif message[:1].isupper():
         message = message[0].lower() + message[1:]
     return f"{message}; see '{PROGRAM if ctx is None else ctx.command_path} --help'"
-
-
-def _stray_word(ctx: click.Context, word: str, commands: Iterable[str]) -> str:
-    """Say what may be wrong with a word that is no command."""
-    from mptunnel.config import nearest  # noqa: PLC0415
-
-    if (close := nearest(word, commands)) is not None:
-        return f"no such command: {word}; did you mean {close}?"
-    if ctx.params.get("join"):
-        return f"unexpected word {word!a}: a token with spaces in it goes in quotes, or use --join -"
-    if ctx.params.get("interface"):
-        return f"unexpected word {word!a}: every interface has an -i of its own"
-    if ctx.params.get("server"):
-        return f"unexpected word {word!a}: -s takes no value, clients name this server behind their -c"
-    return f"no such command: {word}"
 
 
 def _require_net_admin(ctx: click.Context, *, dry_run: bool) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import noise
@@ -49,10 +48,11 @@ from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
-from mptunnel.plan import Tunnel, path_values, tunnel_values
+from mptunnel.plan import Tunnel, allowed_by, path_values, stock_tunnel, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
+from mptunnel.servers import Servers
 from mptunnel.upkeep import TUNNEL, Upkeep
 from mptunnel.uplinks import Uplinks, Way
 from mptunnel.view import client_status
@@ -60,6 +60,7 @@ from mptunnel.view import client_status
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job, Transmit
@@ -73,8 +74,6 @@ log = logging.getLogger(__name__)
 
 JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
-RESOLVE_EVERY: Final = 3600.0
-RESOLVE_AGAIN: Final = 2.0  # while no address is known
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
@@ -132,7 +131,7 @@ class Client(Role):
         )
         self._settings = settings
         self._membership = membership
-        self._servers = list(servers)
+        self._servers = Servers(settings.server, servers, now)
         self._kept = tuple(kept)
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
@@ -155,10 +154,8 @@ class Client(Role):
         self._state_at = now
         self._has_warned = False
         self._joined: ServerRecord | None = None  # what is being saved
-        self._resolve_at = now + (RESOLVE_EVERY if servers else RESOLVE_AGAIN)
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._join_failure: RefusedError | None = None  # why we gave up joining, if it is not that nobody answered
-        self._tried_servers_at = now
         self._peer = self._new_peer(now)
 
     def _new_peer(self, now: float) -> ServerPeer:
@@ -181,7 +178,7 @@ class Client(Role):
             is_ours=token is not None or record.said_hello or record.joined,
             is_stock=settings.wireguard is not None,
             enrol=enrol,
-            allows=_allowed_by(settings.wireguard) if settings.wireguard else None,
+            allows=allowed_by(settings.wireguard) if settings.wireguard else None,
             alarm=Alarm(settings.alarm_ms / 1e3, PROBE_INTERVAL) if settings.alarm_ms else None,
         )
         if settings.wireguard and settings.wireguard.keepalive:
@@ -262,7 +259,7 @@ class Client(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self._peer.next_deadline(), self._join_until, self._resolve_at, self._mend_at)
+        due = min(self._peer.next_deadline(), self._join_until, self._servers.resolve_at, self._mend_at)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, *self._reopen_at.values()) if self._reopen_at else due
@@ -276,8 +273,8 @@ class Client(Role):
             self._events.append(Stop(self._join_failure or self._unreachable()))
         if any(at <= now for at in self._reopen_at.values()):
             self._arrange(now)
-        if now >= self._resolve_at:
-            self._resolve(now)
+        if now >= self._servers.resolve_at and self._servers.asked(now):
+            self._events.append(Resolve(self._settings.server, self._settings.port))
         if now >= self._mend_at:
             self._mend(now)
         self._review_state(now)
@@ -323,7 +320,7 @@ class Client(Role):
 
     def _arrange(self, now: float) -> None:
         """Open, close and move paths as the links now are."""
-        servers = self._server_by_version()
+        servers = self._servers.in_use()
         found = self._uplinks.find(self._links, servers, self._settings.device, self._avoid)
         for number, way in found.items():
             uplink = self._uplinks.by_id[number]
@@ -437,24 +434,14 @@ class Client(Role):
 
     # -- the server's addresses ------------------------------------------------------------------------
 
-    def _server_by_version(self) -> dict[int, IPAddress]:
-        """The address in use of each IP version: the first that is known."""
-        return {address.version: address for address in reversed(self._servers)}
-
-    def _resolve(self, now: float) -> None:
-        self._resolve_at = now + (RESOLVE_EVERY if self._servers else RESOLVE_AGAIN)
-        if not _is_literal(self._settings.server):
-            self._events.append(Resolve(self._settings.server, self._settings.port))
-
     def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
-        new = [address for address in addresses if address not in self._servers]
+        in_use = set(self._servers.in_use().values())
+        new = self._servers.resolved(addresses)
         if not new:
             return
-        in_use = set(self._server_by_version().values())
-        self._servers = [*(a for a in self._servers if a in in_use or a in addresses), *new]
         log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
         record = self._membership.record
-        record.addresses = tuple(map(str, self._servers))
+        record.addresses = tuple(map(str, self._servers.known))
         self._save_record(record)
         if not in_use:
             self._arrange(now)
@@ -463,12 +450,7 @@ class Client(Role):
 
     def _next_server(self, now: float) -> None:
         """Every path is silent: try the next address of each IP version."""
-        self._tried_servers_at = now
-        versions = {address.version for address in self._servers}
-        for version in versions:
-            same = [address for address in self._servers if address.version == version]
-            rest = [address for address in self._servers if address.version != version]
-            self._servers = [*same[1:], same[0], *rest]
+        self._servers.turn(now)
         self._arrange(now)
 
     def _review_state(self, now: float) -> None:
@@ -490,7 +472,7 @@ class Client(Role):
         if not self._has_warned and now >= self._state_at + WARN_AFTER:
             self._has_warned = True
             log.warning("%s; trying for ever", self._why_silent())
-        if len(self._servers) > 1 and now - max(self._tried_servers_at, self._state_at) > SILENT_AFTER:
+        if len(self._servers.known) > 1 and now - max(self._servers.turned_at, self._state_at) > SILENT_AFTER:
             self._next_server(now)
         for path in self.paths.values():
             opened_at = self._opened_at.get(path.id, now)
@@ -513,7 +495,7 @@ class Client(Role):
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
     def _why_silent(self) -> str:
-        if not self._servers:
+        if not self._servers.known:
             return f"the name {self._settings.server} does not resolve to an address"
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
@@ -583,12 +565,9 @@ class Client(Role):
 
     def _adopt_wireguard(self, file: WireGuardFile) -> None:
         """A stock server gives no addresses: they are in its configuration."""
-        own4 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv4Address)), None)
-        own6 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv6Address)), None)
         dns = file.dns if self._settings.dns_mode is DnsMode.AUTO else self._settings.dns or ()
-        has_ipv6 = own6 is not None and any(network.version == 6 for network in file.allowed_ips)
         self._tunnel_mtu = self._settings.mtu
-        self._set_up(Tunnel(own4, own4, own6, own6, has_ipv6, dns))
+        self._set_up(stock_tunnel(file, dns))
 
     def _set_up(self, tunnel: Tunnel) -> None:
         if tunnel == self._tunnel:
@@ -601,7 +580,7 @@ class Client(Role):
         """Let the script give the device its addresses and routes, or give them anew."""
         if self._upkeep is not None:
             self._upkeep.tunnel_asked(tunnel, self._settings.routes)
-        values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers), self._kept)
+        values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers.known), self._kept)
         self._events.append(RunScript("up", values))
 
     def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
@@ -716,22 +695,3 @@ class Client(Role):
 
 def _record_file(record: ServerRecord) -> str:
     return f"client/servers/{record.file_name}"
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        IPv6Address(host) if ":" in host else IPv4Address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:
-    """Return the check of an incoming packet's source against AllowedIPs."""
-    networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
-
-    def is_allowed(source: bytes) -> bool:
-        address: IPAddress = IPv4Address(source) if len(source) == 4 else IPv6Address(source)
-        return any(address in network for network in networks[address.version])
-
-    return is_allowed

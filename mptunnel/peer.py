@@ -31,12 +31,12 @@ from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
 from mptunnel.receipts import Receipts
-from mptunnel.session import COUNTER, COUNTER_AT, NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, sealed_size
+from mptunnel.session import COUNTER, COUNTER_AT, NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
@@ -46,9 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_STAGED: Final = 128
 MAX_COOKIES: Final = 16
-_LOOK_AHEAD: Final = 4 * 64  # packets of one size that are cut into runs together
-MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
-MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
 WAYS_LIFETIME: Final = 0.005  # s for which single packets go the ways of the one before, unless something happens
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
@@ -175,7 +172,7 @@ class Peer:
         if len(packets) == 1 and now < self._ways_until:
             self._send_one(session, packets[0], now, out)
         else:
-            for run, size in self._runs(packets):
+            for run, size in runs(packets, self.tunnel_mtu or self.mtu):
                 self._send_run(session, run, size, now, out)
         self.timers.data_sent(now)
         if self._wants_successor(session, now):
@@ -191,29 +188,6 @@ class Peer:
             out.append(Transmit(to, datagram, size))
             path.sent(1, size)
         self.timers.anything_sent(now)
-
-    def _runs(self, packets: Sequence[Buffer]) -> Iterator[tuple[Sequence[Buffer], int]]:
-        """Yield the packets in runs that one call can send, each with the size of its datagrams.
-
-        All of a run are sealed to one size, but for the last one, which may be shorter.
-        """
-        limit = self.tunnel_mtu or self.mtu
-        lengths = [*map(len, packets)]
-        sealed = {length: sealed_size(length, limit) for length in set(lengths)}
-        sizes = [*map(sealed.__getitem__, lengths)]
-        at = 0
-        while at < len(packets):
-            size = sizes[at]
-            ahead = sizes[at : at + _LOOK_AHEAD]
-            alike = len(ahead)
-            if ahead.count(size) < alike:
-                alike = next(number for number, other in enumerate(ahead) if other != size)
-            calls = max(-(-alike // MAX_SEGMENTS), -(-alike * size // MAX_RUN))
-            count = -(-alike // calls)  # calls of about equal size, not full ones and a rest
-            if count == alike < min(len(ahead), MAX_SEGMENTS) and ahead[count] < size <= MAX_RUN // (count + 1):
-                count += 1
-            yield packets[at : at + count], size
-            at += count
 
     def _send_run(self, session: Session, run: Sequence[Buffer], size: int, now: float, out: list[Transmit]) -> None:
         """Seal packets into datagrams of `size` bytes, the last one perhaps shorter, and give them to the paths."""
@@ -237,7 +211,7 @@ class Peer:
                 path.sent(given, len(part))
         self.timers.anything_sent(now)
         if rest:
-            for more, its_size in self._runs(rest):
+            for more, its_size in runs(rest, limit):
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
             self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]

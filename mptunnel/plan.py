@@ -1,13 +1,19 @@
-"""What the host's script is told of a path and of the tunnel: pure values, by the names the script's head describes."""
+"""What the host's script is told of a path and of the tunnel: pure values, by the names the script's head describes.
+
+Of a stock WireGuard server, its configuration says what the tunnel is to be.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+    from collections.abc import Callable
+    from ipaddress import IPv4Network, IPv6Network
 
+    from mptunnel.config import WireGuardFile
     from mptunnel.uplinks import Way
 
     IPAddress = IPv4Address | IPv6Address
@@ -23,6 +29,25 @@ class Tunnel:
     peer6: IPv6Address | None
     ipv6_onward: bool
     dns: tuple[IPAddress, ...] = ()
+
+
+def stock_tunnel(file: WireGuardFile, dns: tuple[IPAddress, ...]) -> Tunnel:
+    """Return the tunnel to a stock server, as its configuration has it."""
+    own4 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv4Address)), None)
+    own6 = next((a.ip for a in file.addresses if isinstance(a.ip, IPv6Address)), None)
+    has_ipv6 = own6 is not None and any(network.version == 6 for network in file.allowed_ips)
+    return Tunnel(own4, own4, own6, own6, has_ipv6, dns)
+
+
+def allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:
+    """Return the check of an incoming packet's source against AllowedIPs."""
+    networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
+
+    def is_allowed(source: bytes) -> bool:
+        address: IPAddress = IPv4Address(source) if len(source) == 4 else IPv6Address(source)
+        return any(address in network for network in networks[address.version])
+
+    return is_allowed
 
 
 def path_values(number: int, way: Way) -> dict[str, Any]:

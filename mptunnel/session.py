@@ -38,10 +38,13 @@ REKEY_AFTER_TIME: Final = 120.0
 REJECT_AFTER_TIME: Final = 180.0
 KEEPALIVE_TIMEOUT: Final = 10.0
 REKEY_TIMEOUT: Final = 5.0
+MAX_SEGMENTS: Final = 64  # what one UDP_SEGMENT call takes on every kernel (linux/udp.h)
+MAX_RUN: Final = 65507  # bytes of one IPv4 UDP payload
 CONTROL: Final = 1  # in the window: delivered, and sealed for one path only
 NO_PATH: Final = 2  # delivered, but by no path that is bound
 FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 
+_LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
 _NONCE = struct.Struct("<4xQ")
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
@@ -321,6 +324,29 @@ def sealed_size(length: int, limit: int) -> int:
     """Return the bytes that a packet of `length` takes on the wire, padded but not beyond `limit`."""
     padded = -(-length // PADDING) * PADDING
     return (max(length, limit) if padded > limit > 0 else padded) + OVERHEAD
+
+
+def runs(packets: Sequence[Buffer], limit: int) -> Iterator[tuple[Sequence[Buffer], int]]:
+    """Yield the packets in runs that one call can send, each with the size of its datagrams.
+
+    All of a run are sealed to one size, but for the last one, which may be shorter. `limit` is that of `seal`.
+    """
+    lengths = [*map(len, packets)]
+    sealed = {length: sealed_size(length, limit) for length in set(lengths)}
+    sizes = [*map(sealed.__getitem__, lengths)]
+    at = 0
+    while at < len(packets):
+        size = sizes[at]
+        ahead = sizes[at : at + _LOOK_AHEAD]
+        alike = len(ahead)
+        if ahead.count(size) < alike:
+            alike = next(number for number, other in enumerate(ahead) if other != size)
+        calls = max(-(-alike // MAX_SEGMENTS), -(-alike * size // MAX_RUN))
+        count = -(-alike // calls)  # calls of about equal size, not full ones and a rest
+        if count == alike < min(len(ahead), MAX_SEGMENTS) and ahead[count] < size <= MAX_RUN // (count + 1):
+            count += 1
+        yield packets[at : at + count], size
+        at += count
 
 
 def read_counters(datagrams: memoryview, size: int) -> tuple[int, ...]:

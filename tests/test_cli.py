@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import mptunnel
-from mptunnel import cli
+from mptunnel import cli, commands
 from mptunnel.config import (
     ClientSettings,
     Gateway,
@@ -143,7 +143,7 @@ def test_an_ipv6_server_needs_no_brackets(runs: Runs) -> None:
 
 def test_the_defaults_in_the_help_are_the_settings_own() -> None:
     settings = ServerSettings()
-    assert {name: Path(place) for name, place in cli._PLACES.items()} == {
+    assert {name: Path(place) for name, place in commands.PLACES.items()} == {
         "state_dir": settings.state_dir,
         "run_dir": settings.run_dir,
     }

@@ -21,14 +21,14 @@ CORE = [
     "peer standby mtu",
     "serverpeer clientpeer register uplinks role",
     "plan",
-    "upkeep pathdesk view",
+    "upkeep pathdesk servers view",
     "client server",
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
 PROGRAM = [
-    "control state tun udp netlink worker wires options report figures micro",
+    "control state tun udp netlink worker wires options report figures micro commands",
     "host lab membership admin",
-    "hook",
+    "hook pathcommands",
     "loop traffic load crowd watch",
     "program",
     "story",
@@ -53,7 +53,7 @@ WORLDLY_METHODS = {
 }  # fmt: skip
 OTHERS = {  # which of our modules may use what is not Python's own
     "cryptography": {"noise", "session", "keys"},
-    "click": {"cli", "options"},
+    "click": {"cli", "commands", "pathcommands", "options"},
     "rich": {"picture", "watch"},
     "pytun": {"tun"},
 }

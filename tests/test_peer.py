@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mptunnel import noise
 from mptunnel.messages import INITIATION, OVERHEAD, RESPONSE, TRANSPORT
-from mptunnel.peer import MAX_RUN, MAX_SEGMENTS, MAX_STAGED, IndexTable
-from mptunnel.session import REJECT_AFTER_MESSAGES
+from mptunnel.peer import MAX_STAGED, IndexTable
+from mptunnel.session import MAX_RUN, MAX_SEGMENTS, REJECT_AFTER_MESSAGES
 from tests.bookpeer import BookPeer
 from tests.simnet import (
     CLIENT_KEY,

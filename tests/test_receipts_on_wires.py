@@ -104,14 +104,19 @@ def live_through(tunnel: Tunnel) -> tuple[tuple[Flow, Flow], dict[str, dict[str,
         return all(got[0] >= want[0] and got[1] == want[1] for got, want in zip(settled, wanted * 2, strict=True))
 
     wait_until(is_settled, "both ends say what was lost on every path", 12.0)
-    time.sleep(1.5)  # and once more, with what was counted of the paths
-    more = {
-        who: [now - then for now, then in zip(counts, before[who], strict=True)]
-        for who, counts in lost_datagrams(tunnel).items()
-    }
-    for end in ("client", "server"):
-        for way in ("up", "down"):
-            assert more[f"{end} {way}"] == by_wires[way]["lost_datagrams"], f"{end}, {way}"
+
+    def are_paths_counted() -> bool:
+        more = {
+            who: [now - then for now, then in zip(counts, before[who], strict=True)]
+            for who, counts in lost_datagrams(tunnel).items()
+        }
+        lost = {
+            f"{end} {way}": by_wires[way]["lost_datagrams"] for end in ("client", "server") for way in ("up", "down")
+        }
+        note(f"lost by each path: {more}, by the wires {lost}")
+        return more == lost
+
+    wait_until(are_paths_counted, "both ends say what was lost on each path", 10.0)  # a RECEIPT comes again within 7 s
     return flows, by_wires, ask(tunnel)
 
 

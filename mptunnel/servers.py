@@ -1,0 +1,67 @@
+"""The server's addresses, at a client: those known, in the order in which they are tried, and when its name is due.
+
+All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
+tunnel, and every 2 s while no address is known. What a later answer does not name any more stays only if it is in use.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Final
+
+from mptunnel.timers import INF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    IPAddress = IPv4Address | IPv6Address
+
+RESOLVE_EVERY: Final = 3600.0
+RESOLVE_AGAIN: Final = 2.0  # while no address is known
+
+
+class Servers:
+    """The addresses of one server, `known` in order. `name` is how the user calls it, perhaps one of them."""
+
+    __slots__ = ("_is_literal", "known", "resolve_at", "turned_at")
+
+    def __init__(self, name: str, known: Iterable[IPAddress], now: float) -> None:
+        self._is_literal = _is_literal(name)
+        self.known = list(known)
+        self.turned_at = now  # when another address was tried last
+        self.resolve_at = INF
+        self.asked(now)
+
+    def asked(self, now: float) -> bool:
+        """The name is due; return whether there is anything to look up."""
+        self.resolve_at = now + (RESOLVE_EVERY if self.known else RESOLVE_AGAIN)
+        return not self._is_literal
+
+    def in_use(self) -> dict[int, IPAddress]:
+        """Return the address in use of each IP version: the first that is known."""
+        return {address.version: address for address in reversed(self.known)}
+
+    def resolved(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
+        """The name has these addresses now; return those that were not known."""
+        named = list(addresses)
+        new = [address for address in named if address not in self.known]
+        if new:
+            in_use = set(self.in_use().values())
+            self.known = [*(a for a in self.known if a in in_use or a in named), *new]
+        return new
+
+    def turn(self, now: float) -> None:
+        """Let the next address of each IP version be the one in use."""
+        self.turned_at = now
+        for version in {address.version for address in self.known}:
+            same = [address for address in self.known if address.version == version]
+            rest = [address for address in self.known if address.version != version]
+            self.known = [*same[1:], same[0], *rest]
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        IPv6Address(host) if ":" in host else IPv4Address(host)
+    except ValueError:
+        return False
+    return True
