@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 READS_PER_TURN: Final = 64
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
+NICE: Final = -10  # a packet waits for nobody's computations; sched(7), nice is of a thread
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 MAX_LOOKS: Final = 10  # in so many seconds: who changes the host all the time must not keep us busy
 LOOKS_SPAN: Final = 2.0
@@ -103,6 +104,8 @@ class Loop:
             gc.collect()
             gc.freeze()
             gc.disable()  # the core makes no cycles, and a collection would be a gap
+            with contextlib.suppress(OSError):  # no CAP_SYS_NICE: then as everybody else
+                os.setpriority(os.PRIO_PROCESS, 0, NICE)  # 0: this thread; worker and hook have begun before it
             try:
                 while not self._is_stopping:
                     self.run_once()

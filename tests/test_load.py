@@ -154,7 +154,7 @@ def test_four_hundred_thousand_packets_leave_memory_where_it_was() -> None:
         tracemalloc.stop()
     note(f"{grown} bytes more resident, {traced} bytes more allocated")
     assert grown < 300_000  # an arena of the allocator's
-    assert traced < 5_000
+    assert traced < 20_000  # what is kept of the last second breathes; a leak of 2 bytes a packet would be more
     assert gc.collect() == 0
 
 
