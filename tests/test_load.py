@@ -11,20 +11,22 @@ import struct
 import sys
 import tracemalloc
 from collections import Counter
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mptunnel.config import Network
+from mptunnel.messages import Capability, Control, Hello, Probe, decode_challenge_untrusted
 from mptunnel.packet import GSO_TCPV4, NEEDS_CSUM, TCP, VNET, coalesce
 from mptunnel.session import WINDOW
 from tests.bookpeer import BookPeer
 from tests.running import note
-from tests.simnet import PSK, SERVER_PUBLIC, TARGET, TUNNEL4, Simnet, Wire, stranger
+from tests.simnet import PSK, SERVER_PUBLIC, TARGET, TUNNEL4, TUNNEL6, Simnet, Wire, stranger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from mptunnel.events import Endpoint
     from mptunnel.packet import Buffer
@@ -49,17 +51,20 @@ UP, DOWN = super_packet(CLIENT, TARGET), super_packet(TARGET, CLIENT)
 
 
 class Pump:
-    """A busy client of two paths and a server with `others` connected besides."""
+    """A busy client of two paths and a server with `others` connected besides: stock peers, or idle ones of ours."""
 
-    def __init__(self, others: int = 0) -> None:
+    def __init__(self, others: int = 0, *, are_ours: bool = False) -> None:
         self.net = Simnet(Wire(), Wire(delay=0.03))
         self.net.run(3.0)
         self.now = self.net.now
         self.client, self.server = self.net.client, self.net.server
         self._paths = {self.net.source(number): number for number in range(2)}
         self._others: dict[Endpoint, BookPeer] = {}
+        self.server.register.network = Network(IPv4Network("10.0.0.0/16"), TUNNEL6)  # room for all of them
         for number in range(others):
             self._connect(number)
+            if are_ours:
+                self._bind(number)
         self.net.log.clear()
         self.idle(15.0)
 
@@ -75,6 +80,27 @@ class Pump:
                 self.server.receive(data, len(data), stranger(number), self.now, [])
             self._carry([], [])
         assert other.current is not None
+
+    def _bind(self, number: int) -> None:
+        """Let a client say HELLO and bind a path; it will not probe again for long."""
+        other, source = self._others[stranger(number)], stranger(number)
+        assert other.current is not None
+        offered = Capability.MULTIPATH
+        hello = Hello(
+            is_answer=False, version=1, oldest=1, capabilities=offered, instance=number, mtu=1420, mode=0, paths=1,
+            serial=1,
+        )  # fmt: skip
+        probe = Probe(0, 7, 1, 600_000, 0, 2, 1, 0)
+        for plain in (hello.encode(), probe.encode()):
+            self._deliver(other.current.seal(plain), source)
+        challenge = decode_challenge_untrusted(memoryview(other.foreign[-1]))
+        self._deliver(other.current.seal(challenge.encode(Control.RESPONSE)), source)
+        assert self.server._peers[other.key.public].path_at(source) is not None
+        other.foreign.clear()
+
+    def _deliver(self, datagram: bytes, source: Endpoint) -> None:
+        self.server.receive(memoryview(datagram), len(datagram), source, self.now, [])
+        self._carry([], [])
 
     def turn(self) -> None:
         """Let a super-packet go each way; it comes out as one."""
@@ -165,17 +191,62 @@ def test_a_hundred_clients_cost_a_busy_one_no_call_more() -> None:
     assert among <= alone * 1.01
 
 
+@pytest.mark.usefixtures("_no_collector")
+def test_a_thousand_idle_clients_cost_a_busy_one_no_call_and_the_server_little_memory() -> None:
+    alone = cost(Pump())
+    before = resident()
+    pump = Pump(others=999, are_ours=True)
+    held = resident() - before
+    among = cost(pump)
+    note(f"calls a packet: {alone:.2f} alone, {among:.2f} among a thousand")
+    note(f"a client: {held / 999:.0f} bytes resident, its own side included")
+    assert among <= alone * 1.10
+    assert held / 999 < 100_000
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_a_turn_in_which_nothing_happens_walks_no_peers() -> None:
+    few, many = (calls_of(idle_turns(Pump(others, are_ours=True))) for others in (9, 999))
+    note(f"calls of 100 turns without anything: {few} with 10 clients, {many} with 1000")
+    assert few == many
+
+
+def idle_turns(pump: Pump) -> Callable[[], None]:
+    """Return what the loop does when it wakes up 100 times for nothing."""
+    server, now = pump.server, pump.now
+    if server.next_deadline() <= now:
+        server.handle_timeout(now)
+    server.finish_turn(now)
+    server.transmits()
+    server.events()
+
+    def turns() -> None:
+        for _ in range(100):
+            assert server.next_deadline() > now
+            server.finish_turn(now)
+            server.handle_timeout(now)
+            server.transmits()
+            server.events()
+
+    return turns
+
+
 def cost(pump: Pump, packets: int = 8000) -> float:
     """Return the calls of functions, ours and built in, that a packet takes."""
+    pump.turn()
+    return calls_of(lambda: pump.turns(packets)) / packets
+
+
+def calls_of(work: Callable[[], None]) -> int:
+    """Return how many calls of functions, ours and built in, something takes."""
     calls: Counter[str] = Counter()
 
     def count(_: Any, event: str, __: Any) -> None:
         calls[event] += 1
 
-    pump.turn()
     sys.setprofile(count)
     try:
-        pump.turns(packets)
+        work()
     finally:
         sys.setprofile(None)
-    return (calls["call"] + calls["c_call"]) / packets
+    return calls["call"] + calls["c_call"]
