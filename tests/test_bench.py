@@ -368,7 +368,10 @@ def test_our_childrens_time_is_not_that_of_others() -> None:
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize("kind", CONTESTANTS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(each, marks=pytest.mark.slow if each in {WireguardGo, OpenVpn} else ()) for each in CONTESTANTS],
+)
 def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Opener, tmp_path: Path) -> None:
     if kind.missing():
         pytest.skip(f"no {' and no '.join(kind.missing())} here")

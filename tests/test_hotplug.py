@@ -113,7 +113,11 @@ def check_whole(what: str, flows: tuple[Flow, Flow]) -> None:
         assert (flow.lost, flow.duplicated) == (0, 0)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+LESS_COMMON = {"down and up at once", "pulled and plugged in at once", "no carrier", "no gateway"}
+ALL_CHANGES = [pytest.param(each, marks=[pytest.mark.slow] if each in LESS_COMMON else []) for each in CHANGES]
+
+
+@pytest.mark.parametrize("change", ALL_CHANGES)
 def test_a_path_follows_its_interface_and_the_other_one_loses_nothing(make_tunnel: Maker, change: str) -> None:
     tunnel = make(make_tunnel, seed=91)
     before = tunnel.paths()["p1"]
@@ -203,6 +207,7 @@ def test_what_is_removed_of_the_tunnel_itself_is_put_right(make_tunnel: Maker) -
     check_whole("after all that", Datagrams(tunnel.lab, 0.5, rate=300).finish())
 
 
+@pytest.mark.slow
 def test_a_program_that_goes_on_removing_our_rules_is_not_fought_without_end(make_tunnel: Maker) -> None:
     tunnel = make(make_tunnel, seed=95)
     removed, end = 0, time.monotonic() + 4.0
@@ -303,7 +308,7 @@ def test_paths_are_added_named_metered_and_taken_off_by_the_command_line(make_tu
     assert code == 3, said
 
 
-@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("family", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_what_stands_is_not_put_back(make_tunnel: Maker, family: int) -> None:
     """Also after looks at the host that other programs' changes cause."""
     tunnel = make_tunnel(seed=99, ipv6=family == 6)
