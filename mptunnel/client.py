@@ -234,11 +234,13 @@ class Client(Role):
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
-    def queue_seen(self, number: int, truesize: int, now: float) -> None:
-        """So much of the kernel's memory is taken by what waits in the socket of a path."""
+    def queue_seen(self, number: int, truesize: int, now: float) -> bool:
+        """So much of the kernel's memory is taken by what waits in the socket of a path.
+
+        Returns whether it matters so much that it should be looked at before every sending.
+        """
         path = self.paths.get(number)
-        if path is not None:
-            path.queue_seen(truesize, now)
+        return path is not None and path.queue_seen(truesize, now)
 
     def send(self, frames: Sequence[memoryview], now: float, inbox: list[Buffer]) -> None:
         """Take frames from the device; answers of our own to some of them are appended to `inbox`."""

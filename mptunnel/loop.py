@@ -406,8 +406,8 @@ class ClientLoop(Loop):
     def _look_at_queues(self, moment: float) -> None:
         """Tell what waits in the sockets of the paths, where so much went that it matters."""
         for number, sock in self._sockets.items():
-            if sock.unseen >= QUEUE_WORTH_A_LOOK:
-                self._role.queue_seen(number, sock.queued(), moment)
+            if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
+                sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]

@@ -44,6 +44,7 @@ FRESH_FOR: Final = 3.0
 MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
 IDLE_SLACK: Final = 5.0
 IDLE_BYTES: Final = 16 * 1024
+YIELDS_FOR: Final = 1.0  # s after the last copy that was withheld: the path is called slow
 LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
 UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
@@ -162,7 +163,7 @@ class Path:
     """What both sides keep of a path."""
 
     __slots__ = (
-        "_answers", "cap", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
+        "_answers", "_withheld_at", "cap", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
         "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes", "withheld",
     )  # fmt: skip
 
@@ -173,6 +174,7 @@ class Path:
         self.since = now
         self.room: int | None = None
         self.cap = Cap()
+        self._withheld_at = -_INF
         self.withheld = 0  # bytes that it was not given, since its queue stood
         self.tx = self.rx = 0  # type 4 datagrams in this incarnation
         self.tx_bytes = self.rx_bytes = 0
@@ -196,11 +198,16 @@ class Path:
     def allot(self, wanted: int, now: float) -> None:
         """Set how much of a batch of `wanted` bytes it takes now; the rest is withheld."""
         self.room = self.cap.room(wanted, now)
-        self._withhold(wanted)
+        self._withhold(wanted, now)
 
-    def _withhold(self, wanted: int) -> None:
+    def yields(self, now: float) -> bool:
+        """Whether copies to it were withheld lately."""
+        return now - self._withheld_at < YIELDS_FOR
+
+    def _withhold(self, wanted: int, now: float) -> None:
         if self.room is not None and self.room < wanted:
             self.withheld += wanted - max(0, self.room)
+            self._withheld_at = now
 
     def may_answer(self, now: float) -> bool:
         """Whether another message may be answered on this path in this second."""
@@ -418,11 +425,15 @@ class ClientPath(Path):
         if self.waiting.is_limited(now):
             most = self.waiting.limit(self.cap.delivered_rate() or 0.0) - self.waiting.waiting
             self.room = most if self.room is None else min(most, self.room)
-        self._withhold(wanted)
+        self._withhold(wanted, now)
 
-    def queue_seen(self, truesize: int, now: float) -> None:
-        """What waits in the path's socket takes `truesize` bytes of the kernel's memory (TIOCOUTQ, tty_ioctl(4))."""
+    def queue_seen(self, truesize: int, now: float) -> bool:
+        """What waits in the path's socket takes `truesize` bytes of the kernel's memory (TIOCOUTQ, tty_ioctl(4)).
+
+        Returns whether the path is limited by that.
+        """
         self.waiting.seen(truesize, self.cap.delivered_rate() or 0.0, now)
+        return self.waiting.is_limited(now)
 
     def delay(self, now: float) -> float:
         """Return how long a datagram takes upwards, in s; infinity while it is not known.
@@ -490,7 +501,7 @@ class ClientPath(Path):
 
     def answered(self, now: float) -> bool:
         """The path works both ways; return whether that is news."""
-        if not self._enter(PathState.SLOW if self.is_limited(now) else PathState.UP, now):
+        if not self._enter(PathState.SLOW if self.yields(now) else PathState.UP, now):
             return False
         if not self.carries:
             self.proof_tries = 0

@@ -125,6 +125,7 @@ class PathSocket(Receiver):
             raise PathError(_why_not(wish, error)) from None
         self.port: int = sock.getsockname()[1]
         self.unseen = 0  # bytes sent since its queue was looked at
+        self.is_watched = False  # its queue is looked at before every sending
         self._outq = array.array("i", [0])
 
     def receive(self) -> tuple[memoryview, int]:

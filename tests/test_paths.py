@@ -23,11 +23,11 @@ add rule inet trouble out oifname p1 udp dport 5000 {}\n"
 TROUBLES = {  # what is done to path 1 at the client, and how it is taken back
     "a firewall drops (EPERM)": (f"nft '{FIREWALL.format('drop')}'", "nft delete table inet trouble"),
     "a firewall rejects (EPERM too)": (f"nft '{FIREWALL.format('reject')}'", "nft delete table inet trouble"),
+    "a small MTU of the link (EMSGSIZE)": ("ip link set p1 mtu 800", "ip link set p1 mtu 1500"),
     "no route (no error at all: a bound socket takes the link)": (
         "ip route replace unreachable default table 5200",
         "ip route replace default via 192.168.11.1 dev p1 table 5200 proto kernel onlink",
     ),
-    "a small MTU of the link (EMSGSIZE)": ("ip link set p1 mtu 800", "ip link set p1 mtu 1500"),
 }
 
 
