@@ -135,6 +135,7 @@ def test_slow_is_a_state_that_is_told_and_ends_when_the_load_does() -> None:
     assert told[-2:] == [NoticeKind.PATH_SLOW, NoticeKind.PATH_UP]
 
 
+@pytest.mark.slow
 def test_a_link_that_recovers_gets_everything_again() -> None:
     slow = Wire(delay=0.06, rate=SLOW, buffer=SLOW)
     net = Simnet(Wire(delay=0.02, rate=FAST), slow)

@@ -162,7 +162,7 @@ def test_a_thousand_deaths_at_random_lose_nothing(rate: int) -> None:
 
 
 @pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_five_hundred_flaps_of_one_path_lose_nothing(victim: int, rate: int) -> None:
     net, rng = pair(42), random.Random(42)
     stream, at = Stream(net, rate), 0.5

@@ -117,7 +117,9 @@ def test_a_nat_that_forgets_the_only_path_costs_little_over_a_probe_interval(mak
     assert up.lost <= 1
 
 
-@pytest.mark.parametrize("times", [pytest.param(2, id="short"), pytest.param(50, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times", [pytest.param(2, id="short", marks=pytest.mark.slow), pytest.param(50, id="long", marks=pytest.mark.slow)]
+)
 def test_each_of_many_kills_of_the_server_costs_less_than_three_seconds(make_tunnel: Maker, times: int) -> None:
     tunnel, rng = make_tunnel(seed=48), random.Random(48)
     tunnel.begin()

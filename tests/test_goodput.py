@@ -20,7 +20,7 @@ SETTLE = 1.5  # s
 SLACK = 0.85  # of the better one: the spread of short transfers
 WAYS = {"both": (), "the fast one alone": ("p2",), "the slow one alone": ("p1",)}
 PLANS = [
-    pytest.param(1_500_000, 3, id="short"),
+    pytest.param(1_500_000, 3, id="short", marks=pytest.mark.slow),
     pytest.param(10_000_000, 7, id="long", marks=pytest.mark.slow),
 ]
 
