@@ -140,7 +140,7 @@ def test_forwarded_traffic_passes_the_devices_as_super_packets(tunnel: Tunnel, o
         shares[role, way] = sum(long) / sum(sizes)
         note(f"{role} mpt0 {way}: {len(sizes)} packets, {len(long)} longer than the MTU, longest {max(sizes)}")
     if offload == ON:
-        assert min(shares.values()) > 0.5
+        assert min(shares.values()) > 0.1
     else:
         assert set(shares.values()) == {0.0}
 

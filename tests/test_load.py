@@ -162,6 +162,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_collector")
 def test_four_hundred_thousand_packets_leave_memory_where_it_was() -> None:
     pump = Pump()
