@@ -23,7 +23,10 @@ exempt from all this (see `scheduler`).
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 STANDS: Final = 0.030  # s above the floor, and what a full datagram takes: a queue
 DRAINED: Final = 0.015  # s above the floor, and what a full datagram takes: none
@@ -165,23 +168,21 @@ class Cap:
             return queue > STANDS
         queue -= FULL / max(rate, LEAST_RATE)
         stands = queue > (STANDS if self.rate is None else DRAINED)
-        if stands and not self._responds(queue, now):
+        is_new_floor = stands and not self._responds(queue, now)
+        if is_new_floor or not stands:
+            self._stood = (INF, 0.0)
+        if is_new_floor:
             self.rate = None
-            self._limited_at = self._at = -INF
-            self._stood = (INF, 0.0)
             return True
-        if not stands:
-            self._stood = (INF, 0.0)
         if stands or now - self._loses_since > LOSES_FOR:
             gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (queue - DRAINED) / DRAIN_TIME))
-            self.rate = max(LEAST_RATE, gain * rate)
-            if self._limited_at == -INF or self._at == -INF:
+            if self.rate is None:
                 self._tokens, self._at = 0.0, now
+            self.rate = max(LEAST_RATE, gain * rate)
             self._limited_at = now
         elif self.rate is not None:
             if now - self._limited_at > FREE_AFTER:
                 self.rate = None
-                self._limited_at = self._at = -INF
             elif now - self._grown_at >= GROW_EVERY:
                 self._grown_at = now
                 self.rate = max(self.rate, GROWTH * rate)
@@ -233,3 +234,41 @@ class Cap:
         _, given, _, delivered = self._seen[-1]
         before = next((seen for seen in reversed(self._seen) if given - seen[1] >= LEAST_GIVEN), None)
         return before is not None and 2 * (delivered - before[3]) < given - before[1]
+
+
+class Loss(Protocol):
+    """A meter of losses."""
+
+    def recent(self) -> float | None:
+        """Return the share that was lost lately, 0 to 1; None if nothing was sent."""
+
+
+class Capped(Protocol):
+    """What a review must know of a path, in the direction from us to the peer."""
+
+    cap: Cap
+    way_out: Delay
+
+    @property
+    def loss_out(self) -> Loss:
+        """What is lost on the way."""
+
+    def rebase(self) -> None:
+        """Take what stands on the way for its floor."""
+
+
+def review(
+    path: Capped, others: Sequence[Capped], at: float, given: tuple[int, int], delivered: int, now: float
+) -> str:
+    """Judge a path, beside the others that live, by new feedback; return why it is held from now on, if it is.
+
+    The peer had received `delivered` datagrams `at` its time, of the (datagrams, bytes) `given`.
+    """
+    queue = path.way_out.queue(now) - min((other.way_out.queue(now) for other in others), default=0.0)
+    loss = path.loss_out.recent() or 0.0
+    is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
+    was_held = path.cap.rate is not None
+    if path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst):
+        path.rebase()
+    is_news = path.cap.rate is not None and not was_held
+    return f"a queue of {queue * 1e3:.0f} ms, {loss:.0%} lost" if is_news else ""

@@ -15,6 +15,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
+from mptunnel.cap import review
 from mptunnel.events import Notice, NoticeKind
 from mptunnel.history import Told
 from mptunnel.messages import (
@@ -105,8 +106,7 @@ class ClientPeer(Peer):
         if not self.is_multipath:
             return self._choose_endpoint(count, size, now)
         carriers = self._carriers(now)
-        if len(carriers) > 1:
-            allot(carriers, count * size, now)
+        allot(carriers, count * size, now)
         chosen = []
         for path, given in self._scheduler.choose(count, size, carriers):
             fits = given
@@ -184,20 +184,6 @@ class ClientPeer(Peer):
 
     def _datagrams_received(self) -> dict[int, tuple[int, int]]:
         return {path.id: (path.loss_up.sent, path.loss_up.lost) for path in self.paths.values()}
-
-    def _review_cap(self, path: ServerPath, probe: Probe, now: float) -> None:
-        """A probe has said what came in by a path of what we had given to it, and how old it was."""
-        if path.fed_back is None:
-            return
-        others = [other for other in self._bound.values() if other is not path and other.state is PathState.FRESH]
-        queue = path.way_down.queue(now) - min((other.way_down.queue(now) for other in others), default=0.0)
-        loss = path.loss_down.recent() or 0.0
-        is_worst = any((other.loss_down.recent() or 0.0) < loss for other in others)
-        was_held = path.cap.rate is not None
-        if path.cap.feedback(probe.sent_us / 1e6, *path.fed_back, probe.rx, queue, now, is_worst=is_worst):
-            path.way_down.rebase()
-        if path.cap.rate is not None and not was_held:
-            log.debug("%s path %d held: a queue of %.0f ms, %.0f %% lost", self.name, path.id, queue * 1e3, loss * 100)
 
     def _allows(self, source: bytes) -> bool:
         return source in self._allowed
@@ -333,7 +319,10 @@ class ClientPeer(Peer):
             self._challenge(path, probe, source, now, out)
             return
         path.adopt(probe, now)
-        self._review_cap(path, probe, now)
+        if path.fed_back is not None:
+            others = [other for other in self._bound.values() if other is not path and other.state is PathState.FRESH]
+            if why := review(path, others, probe.sent_us / 1e6, path.fed_back, probe.rx, now):
+                log.debug("%s path %d held: %s", self.name, path.id, why)
         self._tell_up(path, now)
         if path.may_answer(now):
             self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)

@@ -164,7 +164,8 @@ class Path:
 
     __slots__ = (
         "_answers", "_withheld_at", "cap", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
-        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes", "withheld",
+        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes", "way_out",
+        "withheld",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -174,6 +175,7 @@ class Path:
         self.since = now
         self.room: int | None = None
         self.cap = Cap()
+        self.way_out = Delay()  # to the peer: up at the client, down at the server
         self._withheld_at = -_INF
         self.withheld = 0  # bytes that it was not given, since its queue stood
         self.tx = self.rx = 0  # type 4 datagrams in this incarnation
@@ -199,6 +201,10 @@ class Path:
         """Set how much of a batch of `wanted` bytes it takes now; the rest is withheld."""
         self.room = self.cap.room(wanted, now)
         self._withhold(wanted, now)
+
+    def rebase(self) -> None:
+        """What stands above the least delay to the peer is no queue: the way has become longer."""
+        self.way_out.rebase()
 
     def yields(self, now: float) -> bool:
         """Whether copies to it were withheld lately."""
@@ -267,7 +273,7 @@ class ClientPath(Path):
         "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
         "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
         "probe_at", "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "told_use", "unanswered", "use",
-        "waiting", "was_padded", "way_down", "way_up",
+        "waiting", "was_padded", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -281,7 +287,7 @@ class ClientPath(Path):
         self.use = self.told_use = Use.DATA  # what it is for, and what the last probe said
         self.min_rtt = _INF
         self.queue = 0.0  # s by which the newest ECHO's way down stood above the least
-        self.way_up, self.way_down = Delay(), Delay()
+        self.way_down = Delay()
         self.waiting = SendQueue()
         self.seen_as: tuple[str, int] | None = None
         self.carries = 0  # the largest inner packet that was shown to pass both ways
@@ -316,7 +322,7 @@ class ClientPath(Path):
         self.carries = self.proof_tries = 0
         self.min_rtt = _INF
         self.rtt = None
-        self.way_up, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
+        self.way_out, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
         self.room = None
         self._restart_counts(now)
         self._enter(PathState.PROBING, now)
@@ -435,6 +441,11 @@ class ClientPath(Path):
         self.waiting.seen(truesize, self.cap.delivered_rate() or 0.0, now)
         return self.waiting.is_limited(now)
 
+    @property
+    def loss_out(self) -> LossMeter:
+        """What is lost on the way to the server."""
+        return self.loss_up
+
     def delay(self, now: float) -> float:
         """Return how long a datagram takes upwards, in s; infinity while it is not known.
 
@@ -443,20 +454,20 @@ class ClientPath(Path):
         if self.rtt is None:
             return _INF
         overdue = now - self.silent_since - self.rtt - 4 * self.jitter
-        return self.min_rtt / 2 + self.way_up.queue(now) + max(0.0, overdue)
+        return self.min_rtt / 2 + self.way_out.queue(now) + max(0.0, overdue)
 
     def measured(self, up: float, down: float, now: float) -> None:
         """An ECHO has shown how long both ways took.
 
         Arrival minus departure, each by its own side's clock, in s: only the changes mean something.
         """
-        self.way_up.count(up, now)
+        self.way_out.count(up, now)
         self.way_down.count(down, now)
         self.queue = max(0.0, self.way_down.newest())
 
     def rebase(self) -> None:
-        """What stands above the least delay upwards is no queue: the way has become longer."""
-        self.way_up.rebase()
+        """See `Path.rebase`."""
+        super().rebase()
         self.min_rtt = self.rtt or self.min_rtt
 
     def probed(self, seq: int) -> tuple[int, int] | None:
@@ -524,7 +535,7 @@ class ServerPath(Path):
 
     __slots__ = (
         "_heard", "_order", "_spacing", "_tx_at", "candidate", "endpoint", "fed_back", "idle_room", "interval",
-        "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use", "way_down",
+        "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -544,7 +555,6 @@ class ServerPath(Path):
         self.unasked_at = _INF
         self.use = Use.DATA
         self._spacing = PROBE_INTERVAL  # s between two refreshes, smoothed
-        self.way_down = Delay()  # as the client says
         self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
         self._tx_at: deque[tuple[int, int]] = deque(maxlen=256)  # our `tx` and bytes at the newest ECHOs up to `number`
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
@@ -554,6 +564,11 @@ class ServerPath(Path):
         """Whether nothing limits now what it is given; an idle path takes 16 KiB (R5)."""
         return self.room is None and self.state is PathState.FRESH
 
+    @property
+    def loss_out(self) -> LossMeter:
+        """What is lost on the way to the client."""
+        return self.loss_down
+
     def delay(self, now: float) -> float:
         """Return how long a datagram takes downwards, in s, as the client says; infinity while it has not said it.
 
@@ -562,7 +577,7 @@ class ServerPath(Path):
         if self.rtt is None:
             return _INF
         overdue = now - self.refreshed_at - 3 * self._spacing
-        return self.rtt / 2 + self.way_down.queue(now) + max(0.0, overdue)
+        return self.rtt / 2 + self.way_out.queue(now) + max(0.0, overdue)
 
     def is_newer(self, serial: int, counter: int) -> bool:
         """R2: only a probe of a later session, or of the same with a higher counter, counts; it is remembered."""
@@ -603,7 +618,7 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
-            self.cap, self.way_down, self.room = Cap(), Delay(), None
+            self.cap, self.way_out, self.room = Cap(), Delay(), None
         self.loss_up.count(probe.tx, self.rx, now)
         self.fed_back = None
         since = self.number - probe.echoed  # ECHOs since the one it has heard last
@@ -611,7 +626,7 @@ class ServerPath(Path):
             given, given_bytes = self._tx_at[-1 - since]
             if not self.is_told:
                 self.loss_down.count(given, probe.rx, now)
-            self.way_down.count(probe.queue_us / 1e6, now)
+            self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
         self.reported = max(self.reported, min(probe.echoed, self.number))
         self.seq = probe.seq

@@ -28,6 +28,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages, standby
+from mptunnel.cap import review
 from mptunnel.events import Notice, NoticeKind
 from mptunnel.history import Told
 from mptunnel.messages import (
@@ -252,8 +253,7 @@ class ServerPeer(Peer):
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
-        if len(carriers) > 1:
-            allot(carriers, count * size, now)
+        allot(carriers, count * size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _carriers(self, now: float) -> list[ClientPath]:
@@ -549,7 +549,9 @@ class ServerPeer(Peer):
             return
         arrived_us = echo.sent_us - echo.held_us
         path.measured(_seconds(arrived_us - echo.probe_us), _seconds(self._now_us(now) - echo.sent_us), now)
-        self._review_cap(path, arrived_us / 1e6, probed, echo.rx, now)
+        others = [other for other in self._open_paths() if other is not path and other.is_up]
+        if why := review(path, others, arrived_us / 1e6, probed, echo.rx, now):
+            log.debug("path %s held: %s", path.name, why)
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
@@ -568,18 +570,6 @@ class ServerPeer(Peer):
         if path.carries <= proven <= size and proven:  # it came back as long as the probe was
             path.carries, path.proven_at, path.proof_tries = proven, now, 0
             self._consider_mtu(now)
-
-    def _review_cap(self, path: ClientPath, at: float, given: tuple[int, int], delivered: int, now: float) -> None:
-        """The server had received `delivered` datagrams `at` its time, when (datagrams, bytes) had been `given`."""
-        others = [other for other in self._open_paths() if other is not path and other.is_up]
-        queue = path.way_up.queue(now) - min((other.way_up.queue(now) for other in others), default=0.0)
-        loss = path.loss_up.recent() or 0.0
-        is_worst = any((other.loss_up.recent() or 0.0) < loss for other in others)
-        was_held = path.cap.rate is not None
-        if path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst):
-            path.rebase()
-        if path.cap.rate is not None and not was_held:
-            log.debug("path %s held: a queue of %.0f ms, %.0f %% lost", path.name, queue * 1e3, loss * 100)
 
     def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
         if close.path != WHOLE_SESSION or self._is_closed or session is not self.current:

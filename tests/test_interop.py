@@ -141,7 +141,9 @@ def test_a_phone_may_roam(tunnel: Tunnel) -> None:
         wait_until(lambda: as_peer(tunnel)["endpoint"] != seen[-1], "the phone is seen elsewhere")
         seen.append(as_peer(tunnel)["endpoint"])
     assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 1, 2)]
-    assert all(map(nearly_all_arrived, datagrams.finish()))
+    for flow in datagrams.finish():  # it has one way at a time: as long as a move takes, so much is lost
+        assert (flow.lost < 0.5 * flow.sent, flow.duplicated) == (True, 0)
+        assert flow.arrived_at_ns[-1]
     assert phone.handshakes() == 1
 
 
