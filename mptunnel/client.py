@@ -48,7 +48,7 @@ from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
-from mptunnel.plan import Tunnel, allowed_by, path_values, stock_tunnel, tunnel_values
+from mptunnel.plan import AllowedAddresses, Tunnel, path_values, stock_tunnel, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
     from mptunnel.config import Fields, JoinToken, Link
-    from mptunnel.events import Job, Transmit
+    from mptunnel.events import Job
     from mptunnel.packet import Buffer
     from mptunnel.peer import Peer
     from mptunnel.upkeep import Picture
@@ -157,6 +157,8 @@ class Client(Role):
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._join_failure: RefusedError | None = None  # why we gave up joining, if it is not that nobody answered
         self._peer = self._new_peer(now)
+        self._due = INF  # as it was when it was worked out last, if that still holds
+        self._is_settled = False
 
     def _new_peer(self, now: float) -> ServerPeer:
         settings, membership = self._settings, self._membership
@@ -178,7 +180,7 @@ class Client(Role):
             is_ours=token is not None or record.said_hello or record.joined,
             is_stock=settings.wireguard is not None,
             enrol=enrol,
-            allows=allowed_by(settings.wireguard) if settings.wireguard else None,
+            allows=AllowedAddresses(settings.wireguard) if settings.wireguard else None,
             alarm=Alarm(settings.alarm_ms / 1e3, PROBE_INTERVAL) if settings.alarm_ms else None,
         )
         if settings.wireguard and settings.wireguard.keepalive:
@@ -189,6 +191,7 @@ class Client(Role):
 
     def links_changed(self, links: Sequence[Link], now: float, picture: Picture | None = None) -> None:
         """This is how the host's links are now, and its rules and routes, if somebody has looked."""
+        self._is_settled = False
         if self._settings.wireguard is not None and self._tunnel is None:
             self._adopt_wireguard(self._settings.wireguard)
         if tuple(links) != self._links:
@@ -208,7 +211,7 @@ class Client(Role):
             return
         path.port = port
         self._opened_at[number] = now
-        self._peer.path_opened(path, now, self._out)
+        self._peer.path_opened(path, now, self.out)
         self._after(self._peer, now)
 
     def path_failed(self, number: int, why: str, now: float) -> None:
@@ -221,11 +224,12 @@ class Client(Role):
             self._peer.tell_path(path, now, why=why)
         path.errors[why] = path.errors.get(why, 0) + 1
         self._reopen_at[number] = now + REOPEN_AFTER
-        self._peer.path_closed(now, self._out)
+        self._peer.path_closed(now, self.out)
         self._after(self._peer, now)
 
     def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
         """The kernel refused datagrams on a path: that is this path's affair only."""
+        self._is_settled = False
         path = self.paths.get(number)
         if path is None:
             return
@@ -240,7 +244,12 @@ class Client(Role):
         Returns whether it matters so much that it should be looked at before every sending.
         """
         path = self.paths.get(number)
-        return path is not None and path.queue_seen(truesize, now)
+        if path is None:
+            return False
+        was_limited, is_limited = path.is_limited(now), path.queue_seen(truesize, now)
+        if is_limited and not was_limited:
+            self._peer.look_again()
+        return is_limited
 
     def send(self, frames: Sequence[memoryview], now: float, inbox: list[Buffer]) -> None:
         """Take frames from the device; answers of our own to some of them are appended to `inbox`."""
@@ -255,20 +264,25 @@ class Client(Role):
             except BadPacketError:
                 self.drops["malformed frame"] += 1
         if packets and self._membership.token is None:
-            self._peer.send(packets, now, self._out)
+            self._peer.send(packets, now, self.out)
+            self._busy.add(self._peer)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self._peer.next_deadline(), self._join_until, self._servers.resolve_at, self._mend_at)
-        if self._state != "up" and not self._has_warned:
-            due = min(due, self._state_at + WARN_AFTER)
-        return min(due, *self._reopen_at.values()) if self._reopen_at else due
+        if not self._is_settled or self._busy:  # else only packets have gone the short way since
+            self._is_settled = True
+            due = self._peer.scheduled_at = self._peer.next_deadline()
+            due = min(due, self._join_until, self._servers.resolve_at, self._mend_at, *self._reopen_at.values())
+            if self._state != "up" and not self._has_warned:
+                due = min(due, self._state_at + WARN_AFTER)
+            self._due = due
+        return self._due
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due."""
-        self._peer.handle_timeout(now, self._out)
+        self._peer.handle_timeout(now, self.out)
         self._after(self._peer, now)
         if now >= self._join_until:
             self._join_until = INF
@@ -283,26 +297,15 @@ class Client(Role):
 
     def today_is(self, year: int, month: int, day: int, now: float) -> None:
         """The clock on the wall shows this local date at `now`."""
+        self._is_settled = False
         save = self._desk.today_is(year, month, day, now)
+        self._meter_if_wanted()
         if save is not None:
             self._events.append(save)
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
-        """See `Role.receive`; metered paths are counted."""
-        if self._desk.is_metering:
-            self._desk.carried(source, -(-len(datagrams) // max(1, size)), len(datagrams))
-        super().receive(datagrams, size, source, now, inbox)
-
-    def transmits(self) -> list[Transmit]:
-        """See `Role.transmits`; metered paths are counted."""
-        out = super().transmits()
-        if out and self._desk.is_metering:
-            for each in out:
-                self._desk.carried(each.to, -(-len(each.data) // each.size), len(each.data))
-        return out
-
     def job_done(self, job: Job, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
+        self._is_settled = False
         failure = result if isinstance(result, Exception) else None
         if isinstance(job, RunScript):
             self._script_done(job, failure, now)
@@ -313,10 +316,13 @@ class Client(Role):
 
     def close(self, now: float) -> None:
         """Say goodbye on every path, and leave the last timestamp on disk."""
-        self._peer.close(CloseReason.STOP, now, self._out)
+        self._peer.close(CloseReason.STOP, now, self.out)
         self._save_last_timestamp()
         if self._desk.is_metering:
             self._events.append(self._desk.save(now))
+
+    def _meter_if_wanted(self) -> None:
+        self._meter = self._desk.carried if self._desk.is_metering else None
 
     # -- paths -----------------------------------------------------------------------------------------
 
@@ -334,7 +340,7 @@ class Client(Role):
                 path = self.paths[number] = self._new_path(number, uplink.name, now)
                 holder, self._holders[number] = self._holders.get(number, path), path
                 if holder is not path:
-                    self._peer.path_replaced(holder, now, self._out)
+                    self._peer.path_replaced(holder, now, self.out)
             if way is None:
                 is_told = number in self._ways  # `_close_path` tells of those that were there
                 self._close_path(path, now)
@@ -350,6 +356,7 @@ class Client(Role):
             self._close_path(path, now, "leaves")
             self._former[path.name] = self.paths.pop(number)
         self._desk.apply(now)
+        self._meter_if_wanted()
         self._after(self._peer, now)
 
     def _new_path(self, number: int, name: str, now: float) -> ClientPath:
@@ -407,7 +414,7 @@ class Client(Role):
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
-            self._peer.close(CloseReason.INTERFACE_GONE, now, self._out, path)
+            self._peer.close(CloseReason.INTERFACE_GONE, now, self.out, path)
         if path.closed(now):
             why = f"{path.interface} is gone, down, has no address or is not wanted"
             log.info("path %s %s: %s", path.name, what, why)
@@ -416,7 +423,7 @@ class Client(Role):
         if self._upkeep is not None:
             self._upkeep.path_gone(path.id)
         self._events.append(RunScript("path-down", {"path": path.id}))
-        self._peer.path_closed(now, self._out)
+        self._peer.path_closed(now, self.out)
 
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
@@ -518,6 +525,7 @@ class Client(Role):
     # -- what the server says --------------------------------------------------------------------------
 
     def _after(self, peer: Peer, now: float) -> None:
+        self._is_settled = False
         news, self._peer.news = self._peer.news, []
         for item in news:
             match item:
@@ -554,7 +562,7 @@ class Client(Role):
         self._tunnel_mtu = mtu
         if self._tunnel is not None:
             self._events.append(RunScript("mtu", {"mtu": mtu}))
-        self._peer.change_hello(now, self._out)
+        self._peer.change_hello(now, self.out)
 
     def _addressed(self, address: Address) -> None:
         dns: tuple[IPAddress, ...] = ()
@@ -645,7 +653,7 @@ class Client(Role):
         self._peer = self._new_peer(now)
         for path in self.paths.values():
             if path.is_open:
-                self._peer.path_opened(path, now, self._out)
+                self._peer.path_opened(path, now, self.out)
 
     def _save_record(self, record: ServerRecord) -> None:
         self._events.append(SaveState(_record_file(record), record.to_document()))
@@ -663,6 +671,7 @@ class Client(Role):
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Answer the command line. Raises ConfigError."""
+        self._is_settled = False
         if verb in VERBS:
             result = self._desk.perform(verb, arguments)
             if verb == "paths-list":

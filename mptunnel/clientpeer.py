@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
     from mptunnel.events import Endpoint, Transmit
     from mptunnel.noise import Remote
-    from mptunnel.packet import Buffer
     from mptunnel.records import PeerRecord
     from mptunnel.session import Session
 
@@ -87,8 +86,9 @@ class ClientPeer(Peer):
         self.is_here = False  # as was told by a notice
         self.tunnel_mtu = 0  # what its HELLO said
         self._address = address
-        self._allowed = frozenset((record.ipv4.packed, record.ipv6.packed))
+        self.allowed = frozenset((record.ipv4.packed, record.ipv6.packed))
         self._bound: dict[Endpoint, ServerPath] = {}
+        self.sources = self._bound
         self._scheduler = Redundant()
         self._instance = instance
         self._clock_origin = clock_origin
@@ -162,10 +162,6 @@ class ClientPeer(Peer):
 
     # -- receiving -------------------------------------------------------------------------------------
 
-    def path_at(self, source: Any) -> ServerPath | None:
-        """Return the path that is bound to this endpoint."""
-        return self._bound.get(source)
-
     def _learn_endpoint(self, source: Any) -> None:
         if source != self.endpoint:
             self.endpoint, self._credit = source, 0
@@ -185,9 +181,6 @@ class ClientPeer(Peer):
     def _datagrams_received(self) -> dict[int, tuple[int, int]]:
         return {path.id: (path.loss_up.sent, path.loss_up.lost) for path in self.paths.values()}
 
-    def _allows(self, source: bytes) -> bool:
-        return source in self._allowed
-
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self.news.append(None)
         if not self.is_multipath:
@@ -199,24 +192,15 @@ class ClientPeer(Peer):
             else:
                 self._send_keepalive(now, out)
 
-    def receive(
-        self,
-        session: Session,
-        datagrams: memoryview,
-        size: int,
-        source: Any,
-        now: float,
-        inbox: list[Buffer],
-        out: list[Transmit],
-    ) -> bool:
-        """See `Peer.receive`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
-        if not super().receive(session, datagrams, size, source, now, inbox, out):
-            return False
-        if not self.is_multipath and self.heard_at == now:
-            self._credit += UNPROVEN_SHARE * len(datagrams)
+    def _has_taken(
+        self, session: Session, source: Any, size: int, now: float, out: list[Transmit], *, was_quiet_for: float | None
+    ) -> None:
+        """See `Peer._has_taken`; a client that sends data but has stopped saying HELLO is a stock peer from now on."""
+        if not self.is_multipath:
+            self._credit += UNPROVEN_SHARE * size
             if self._staged:
                 self._flush(now, out)  # only now: had it said HELLO, nothing would go where no challenge was answered
-        if self.is_multipath and self.data_at == now and session is self.current:
+        if self.is_multipath and was_quiet_for is not None and session is self.current:
             if session.serial != self._unsaid[0]:
                 self._unsaid = (session.serial, now)
             silent_sessions = session.serial - self._hello_order[0]
@@ -225,7 +209,7 @@ class ClientPeer(Peer):
                 self._has_come(now)
                 self.is_multipath = self.takes_partial = False
                 self._forget_paths()
-        return True
+                self.look_again()
 
     def _control(
         self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
@@ -256,7 +240,7 @@ class ClientPeer(Peer):
     def _hello_received(
         self, session: Session, counter: int, hello: Hello, source: Any, now: float, out: list[Transmit]
     ) -> None:
-        path, order = self.path_at(source), (session.serial, counter)
+        path, order = self._bound.get(source), (session.serial, counter)
         if session.serial < self._hello_order[0]:
             self.identity.drops["HELLO not newer"] += 1  # of a run that has ended meanwhile
             return
@@ -417,7 +401,7 @@ class ClientPeer(Peer):
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
-        due = self.timers.next_deadline()
+        due = super().next_deadline()
         for path in self.paths.values():
             due = min(due, path.next_deadline())
         return due

@@ -94,7 +94,7 @@ class Listening:
 class ControlServer:
     """The listening side. Wait for `readers()` and `writers()`, call `ready` for each, and `expire` at the deadline."""
 
-    __slots__ = ("_connections", "_handler", "_listener", "_path")
+    __slots__ = ("_handler", "_listener", "_path", "connections")
 
     def __init__(self, path: Path, handler: Handler) -> None:
         """Listen at `path`, whose lock the caller holds: a socket that lies there is a dead one's and is removed.
@@ -103,26 +103,23 @@ class ControlServer:
         """
         self._path = path
         self._handler = handler
-        self._connections: dict[int, _Connection] = {}
+        self.connections: dict[int, _Connection] = {}  # by descriptor
         self._listener = _listen(path)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether anybody is connected."""
-        return bool(self._connections)
+    def fileno(self) -> int:
+        """Return the descriptor to wait for while nobody is connected."""
+        return self._listener.fileno()
 
     def readers(self) -> list[int]:
         """Return the descriptors to wait for reading."""
-        if not self._connections:
-            return [self._listener.fileno()]
-        fds = [fd for fd, connection in self._connections.items() if connection.stage in _READING]
-        if len(self._connections) < MAX_CONNECTIONS:
+        fds = [fd for fd, connection in self.connections.items() if connection.stage in _READING]
+        if len(self.connections) < MAX_CONNECTIONS:
             fds.append(self._listener.fileno())
         return fds
 
     def writers(self) -> list[int]:
         """Return the descriptors to wait for writing: what is still on its way there."""
-        return [fd for fd, connection in self._connections.items() if connection.unsent]
+        return [fd for fd, connection in self.connections.items() if connection.unsent]
 
     def tell(self, document: dict[str, Any]) -> None:
         """Let everybody who listens know; who lags too far behind is cut off."""
@@ -141,7 +138,7 @@ class ControlServer:
         if fd == self._listener.fileno():
             self._accept(now)
             return
-        connection = self._connections.get(fd)
+        connection = self.connections.get(fd)
         if connection is None:
             return  # gone in this same turn
         connection.drop_at = now + IDLE_TIMEOUT
@@ -156,24 +153,24 @@ class ControlServer:
 
     def next_deadline(self) -> float:
         """Return when `expire` has something to do; inf: never."""
-        return min((c.drop_at for c in self._connections.values() if c.stage not in _PATIENT), default=math.inf)
+        return min((c.drop_at for c in self.connections.values() if c.stage not in _PATIENT), default=math.inf)
 
     def expire(self, now: float) -> None:
         """Drop the connections that are done, or have been silent for too long."""
-        for connection in list(self._connections.values()):
+        for connection in list(self.connections.values()):
             if connection.drop_at <= now and connection.stage not in _PATIENT:
                 self._drop(connection)
 
     def close(self) -> None:
         """Close everything and remove the socket."""
-        for connection in list(self._connections.values()):
+        for connection in list(self.connections.values()):
             self._drop(connection)
         self._listener.close()
         with contextlib.suppress(OSError):
             self._path.unlink()
 
     def _accept(self, now: float) -> None:
-        while len(self._connections) < MAX_CONNECTIONS:
+        while len(self.connections) < MAX_CONNECTIONS:
             try:
                 client, _ = self._listener.accept()
             except OSError:
@@ -182,7 +179,7 @@ class ControlServer:
                 client.close()
                 return
             client.setblocking(False)
-            self._connections[client.fileno()] = _Connection(client, now + IDLE_TIMEOUT)
+            self.connections[client.fileno()] = _Connection(client, now + IDLE_TIMEOUT)
 
     def _answer(self, question: bytes, connection: _Connection) -> None:
         """Answer the question, now or when the handler's promise comes true."""
@@ -204,10 +201,10 @@ class ControlServer:
             connection.answer(_success(result))
 
     def _listeners(self) -> list[_Connection]:
-        return [each for each in self._connections.values() if each.stage is _Stage.LISTENING]
+        return [each for each in self.connections.values() if each.stage is _Stage.LISTENING]
 
     def _drop(self, connection: _Connection) -> None:
-        del self._connections[connection.fileno()]
+        del self.connections[connection.fileno()]
         connection.close()
 
 

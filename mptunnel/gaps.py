@@ -26,6 +26,8 @@ from mptunnel.messages import MAX_PATHS
 from mptunnel.session import NO_PATH, WINDOW
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mptunnel.session import Session
 
 ALL: Final = MAX_PATHS  # the way that is all paths together
@@ -114,19 +116,20 @@ class Gaps:
         self._in_use = 0
         self.is_idle = True
 
-    def came(self, number: int, session: Session, low: int, high: int, now: float) -> None:
-        """Copies of IP packets, first or later ones, came by a way, all within these counters."""
-        way = self.ways[number]
-        silence = now - way.at
-        if silence > way.patience:
-            self._look(way, session, low, silence)
-        way.at = now
-        way.owes = False
-        if session is not way.session:
-            if way.session is None or session.serial > way.session.serial:
-                way.session, way.high = session, high
-        elif high > way.high:
-            way.high = high
+    def came(self, numbers: Iterable[int], session: Session, low: int, high: int, now: float) -> None:
+        """Copies of IP packets, first or later ones, came by these ways, all within these counters."""
+        for number in numbers:
+            way = self.ways[number]
+            silence = now - way.at
+            if silence > way.patience:
+                self._look(way, session, low, silence)
+            way.at = now
+            way.owes = False
+            if session is not way.session:
+                if way.session is None or session.serial > way.session.serial:
+                    way.session, way.high = session, high
+            elif high > way.high:
+                way.high = high
 
     def woken(self, session: Session, low: int, now: float) -> None:
         """The tunnel was idle, and IP packets came, `low` the first: every path in use owes them from now on."""

@@ -16,6 +16,7 @@ import select
 import signal
 import time
 from collections import deque
+from time import CLOCK_BOOTTIME, clock_gettime
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import host, netlink, udp
@@ -55,13 +56,12 @@ LOOKS_SPAN: Final = 2.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: two full datagrams
-PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 _NOTHING: list[int] = []
 
 
 def now() -> float:
     """Return the time that everything is told, in seconds; it goes on in suspend and never back."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return clock_gettime(CLOCK_BOOTTIME)
 
 
 class Snapshot:
@@ -89,7 +89,9 @@ class Loop:
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
-        self._has_waited = True
+        self._own_due = 0.0  # when we have to do something that is not the role's; at `_wall_at` at the latest
+        self._ready: list[int] = []  # in the last turn
+        self._ready_before: list[int] = []  # in the one before
         self._is_stopping = False
         self._error: MptunnelError | None = None
 
@@ -99,7 +101,9 @@ class Loop:
         """Turn until the program is told to stop. Raises the error that ended the run."""
         with _signals(self._stop) as wake:
             self._watch(wake, self._signalled(wake))
-            self._control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
+            control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
+            self._watch(control.fileno(), lambda moment: control.ready(control.fileno(), moment))
+            self._control = control
             self._drain(now())
             gc.collect()
             gc.freeze()
@@ -111,55 +115,59 @@ class Loop:
                     self.run_once()
             finally:
                 gc.enable()
-                self._control.close()
+                self._unwatch(control.fileno())
+                control.close()
         if self._error is not None:
             raise self._error
 
     def run_once(self) -> None:
         """Wait once, feed whatever is ready to the role, then drain the role."""
-        control = self._control
-        due, own_due = self._role.next_deadline(), self._own_deadline()
+        control, role = self._control, self._role
+        due, own_due = role.next_deadline(), self._own_due
         readers, writers = self._fds, _NOTHING
-        if control is not None:
-            readers = readers + control.readers()
-            writers = control.writers() if control.is_busy else _NOTHING
-        before = now()
-        wait = min(max(0.0, min(due, own_due) - before), LONGEST_WAIT)
-        ready, writable, _ = select.select(readers, writers, _NOTHING, wait)
-        moment = now()
-        self._has_waited = moment - before > PAUSE
+        if control is not None and control.connections:  # somebody asks
+            readers, writers = readers + control.readers(), control.writers()
+            readers.remove(control.fileno())
+            own_due = min(own_due, control.next_deadline())
+        wait = min(due, own_due) - clock_gettime(CLOCK_BOOTTIME)
+        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, wait), LONGEST_WAIT))
+        moment = clock_gettime(CLOCK_BOOTTIME)
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is not None:
                 handler(moment)
             elif control is not None:
                 control.ready(fd, moment)
+        self._ready_before, self._ready = self._ready, ready
         for fd in writable:
             if control is not None:
                 control.ready(fd, moment)
-        self._role.finish_turn(moment)
+        role.finish_turn(moment)
         if own_due <= moment:
             self._own_work(moment)
         if due <= moment:  # what has become due in this turn is done in the next one, which comes at once
-            self._role.handle_timeout(moment)
+            role.handle_timeout(moment)
         self._drain(moment)
 
     def _drain(self, moment: float) -> None:
         """Send all that is to be sent and take up all that is asked for, until there is no more of either."""
-        self._send()
+        if self._role.out:
+            self._send()
         while events := self._role.events():
             for event in events:
                 self._take_up(event, moment)
             self._send()
 
-    def _own_deadline(self) -> float:
-        if self._control is not None and self._control.is_busy:
-            return min(self._wall_at, self._control.next_deadline())
-        return self._wall_at
+    def _reads(self, fd: int) -> int:
+        """Return how often a descriptor that is ready may be read in this turn.
+
+        Once, if it was not ready in both turns before: so what comes alone goes on, and the next look is select's.
+        """
+        return READS_PER_TURN if fd in self._ready and fd in self._ready_before else 1
 
     def _own_work(self, moment: float) -> None:
         if moment >= self._wall_at:
-            self._wall_at = moment + WALL_INTERVAL
+            self._wall_at = self._own_due = moment + WALL_INTERVAL
             self._role.wall_is(moment, time.time())
         if self._control is not None:
             self._control.expire(moment)
@@ -182,16 +190,15 @@ class Loop:
 
     def _deliver(self) -> None:
         """Hand what came in to the kernel."""
-        if self._inbox:
-            refused = self._tun.write(self._inbox)
-            if refused:
-                self._role.drops["refused by the device"] += refused
-            self._inbox.clear()
+        refused = self._tun.write(self._inbox)
+        self._inbox.clear()
+        if refused:
+            self._role.drops["refused by the device"] += refused
 
     def _read_tun(self) -> list[memoryview]:
-        """Return frames from the device; the first one after a pause goes on before we look whether there are more."""
+        """Return frames from the device; one that came alone goes on before we look whether there are more."""
         try:
-            return self._tun.read(1 if self._has_waited else BATCH)
+            return self._tun.read(min(self._reads(self._tun.fileno()), BATCH))
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -344,7 +351,7 @@ class ServerLoop(Loop):
     def _socket_ready(self, moment: float) -> None:
         receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
         try:
-            for _ in range(READS_PER_TURN):
+            for _ in range(self._reads(self._socket.fileno())):
                 datagrams, size, source = receive()
                 take(datagrams, size, source, moment, inbox)
                 if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
@@ -353,8 +360,8 @@ class ServerLoop(Loop):
             pass
         except OSError as error:  # an ICMP message about some client: its affair
             self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
-        self._deliver()
-        self._send()
+        if inbox:
+            self._deliver()
 
     def _send(self) -> None:
         for transmit in self._role.transmits():
@@ -391,7 +398,8 @@ class ClientLoop(Loop):
             self._look_at_queues(moment)
             self._role.send(frames, moment, self._inbox)
             self._send()
-            self._deliver()
+            if self._inbox:
+                self._deliver()
 
     def _send(self) -> None:
         sockets = self._sockets
@@ -411,11 +419,11 @@ class ClientLoop(Loop):
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]
-        receive, take, inbox = sock.receive, self._role.receive, self._inbox
+        fd, receive, take, inbox = sock.fileno(), sock.receive, self._role.receive, self._inbox
 
         def ready(moment: float) -> None:
             try:
-                for _ in range(READS_PER_TURN):
+                for _ in range(self._reads(fd)):
                     datagrams, size = receive()
                     take(datagrams, size, number, moment, inbox)
                     if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
@@ -424,8 +432,8 @@ class ClientLoop(Loop):
                 pass
             except OSError as error:  # ICMP said something about this path: a hint, nothing else
                 self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
-            self._deliver()
-            self._send()
+            if inbox:
+                self._deliver()
 
         return ready
 
@@ -471,9 +479,7 @@ class ClientLoop(Loop):
             is_crowded = len(self._looked_at) == MAX_LOOKS
             earliest = self._looked_at[0] + LOOKS_SPAN if is_crowded else moment
             self._review_at = min(self._review_at, max(moment + LINKS_SETTLE, earliest))
-
-    def _own_deadline(self) -> float:
-        return min(super()._own_deadline(), self._review_at)
+            self._own_due = min(self._own_due, self._review_at)
 
     def _own_work(self, moment: float) -> None:
         is_new_second = moment >= self._wall_at
@@ -484,11 +490,12 @@ class ClientLoop(Loop):
         if moment >= self._review_at:
             if self._is_looking:  # what has changed since that look began may be missing in it
                 self._review_at = moment + LINKS_SETTLE
-                return
-            self._review_at = moment + LINKS_REVIEW
-            self._looked_at.append(moment)
-            self._is_looking = True
-            self._worker.submit(Snapshot())
+            else:
+                self._review_at = moment + LINKS_REVIEW
+                self._looked_at.append(moment)
+                self._is_looking = True
+                self._worker.submit(Snapshot())
+        self._own_due = min(self._wall_at, self._review_at)
 
     def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
         if not isinstance(job, Snapshot):

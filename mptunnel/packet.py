@@ -325,8 +325,9 @@ def single(packet: Buffer) -> Frame:
 
 def _single_header(packet: Buffer, protocol: int, start: int) -> bytes:
     offset = _TCP_CHECK if protocol == TCP else _UDP_CHECK
-    (check,) = _U16.unpack_from(packet, start + offset)
-    if check != _pseudo_sum(packet, protocol, len(packet) - start):
+    at = start + offset
+    addresses = packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
+    if packet[at] << 8 | packet[at + 1] != _fold(bytes(addresses), protocol, len(packet) - start):
         return PLAIN
     return VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, offset)
 

@@ -13,6 +13,11 @@ gets any further. Then, once for the batch: confirm, timers, credit of the path;
 keepalive, a first byte below 0x10 a control message (its subclass knows which), else an IP packet, which must come
 from an address that the peer may use.
 
+**The short way.** With cold caches what takes long is deciding. So a packet that comes alone, less than 20 ms after
+another one, goes by the paths which that one went by, and is taken without asking what that one had to be asked;
+anything but such packets (a control message, a deadline, a session, a path) ends this, and the next one is looked at
+again.
+
 A stock peer has one endpoint, the source of its newest authentic datagram, and gets one copy. Everything about
 several paths is in the two subclasses, `ServerPeer` and `ClientPeer`.
 """
@@ -21,6 +26,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages, noise
@@ -31,12 +37,12 @@ from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
 from mptunnel.receipts import Receipts
-from mptunnel.session import COUNTER, COUNTER_AT, NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
+from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
@@ -47,7 +53,7 @@ log = logging.getLogger(__name__)
 MAX_STAGED: Final = 128
 MAX_COOKIES: Final = 16
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
-WAYS_LIFETIME: Final = 0.005  # s for which single packets go the ways of the one before, unless something happens
+SHORT_WAY: Final = 0.02  # s for which single packets are treated like the one before, unless something happens
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
 
 LOWEST_PACKET: Final = 0x10  # a lower first byte is a control message's
@@ -60,39 +66,41 @@ _DROPS: Final = {
     Refused.EXPIRED: "key too old",
 }
 
+_new_tuple: Final = tuple.__new__
+
 Owner = tuple["Peer", Session | None]
 
 
 class IndexTable:
     """Session indices: which peer, and which of its sessions (None: a handshake), a received index belongs to."""
 
-    __slots__ = ("_entropy", "_owners")
+    __slots__ = ("_entropy", "owners")
 
     def __init__(self, entropy: Callable[[int], bytes]) -> None:
         self._entropy = entropy
-        self._owners: dict[int, Owner] = {}
+        self.owners: dict[int, Owner] = {}
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return len(self.owners)
 
     def new(self, peer: Peer) -> int:
         """Return a random index that nobody uses, for a handshake of `peer`."""
-        while (index := int.from_bytes(self._entropy(4), "little")) in self._owners:
+        while (index := int.from_bytes(self._entropy(4), "little")) in self.owners:
             pass
-        self._owners[index] = (peer, None)
+        self.owners[index] = (peer, None)
         return index
 
     def settle(self, peer: Peer, session: Session) -> None:
         """The handshake of this index has become a session."""
-        self._owners[session.local_index] = (peer, session)
+        self.owners[session.local_index] = (peer, session)
 
     def drop(self, index: int) -> None:
         """Forget an index."""
-        self._owners.pop(index, None)
+        self.owners.pop(index, None)
 
     def find(self, index: int) -> Owner | None:
         """Return whose index this is."""
-        return self._owners.get(index)
+        return self.owners.get(index)
 
 
 class Identity:
@@ -142,6 +150,8 @@ class Peer:
         self.takes_partial = False  # it knows partial checksums, by its newest HELLO
         self.window = NARROW_WINDOW
         self.endpoint: Any = None  # of a stock peer
+        self.sources: Mapping[Any, Path] = {}  # the path that is bound to where a datagram comes from
+        self.allowed: Container[bytes] | None = frozenset()  # packed addresses its packets may come from; None: any
         self.packets_sent = self.bytes_sent = 0
         self.packets_received = self.bytes_received = 0
         self.data_at = -INF  # when an IP packet went either way last
@@ -157,37 +167,40 @@ class Peer:
         self._serial = 0
         self._was_renewed_at_its_end = False
         self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
-        self._ways_until = -INF  # when this must be decided anew
+        self._sends_short_until = -INF  # when they must be decided anew
+        self._unbooked: list[Callable[[], float]] = []  # what went the short way in this turn
+        self.has_news = False  # whether anything else has happened since it was asked last
+        self._takes_short_until = -INF  # when what comes in must be looked at anew
 
     # -- sending ---------------------------------------------------------------------------------------
 
     def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """Seal IP packets and append what goes on the wire to `out`, or stage them until there is a session."""
         session = self.current
+        if session is not None and now < self._sends_short_until and len(packets) == 1:
+            datagram = session.seal(packets[0], self.tunnel_mtu or self.mtu)
+            size = len(datagram)
+            for _, to in self._ways:
+                out.append(_new_tuple(Transmit, (to, datagram, size)))
+            self._unbooked.append(partial(self._book_sent, self._ways, size, len(packets[0]), now))
+        else:
+            self.book()
+            self.has_news = True
+            self._send_batch(packets, now, out)
+
+    def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+        """Do what `send` does, the long way."""
+        session = self.current
         self.data_at = now
         if session is None or not session.is_alive(now):
             self._stage(packets)
             self._want_handshake(now, out)
             return
-        if len(packets) == 1 and now < self._ways_until:
-            self._send_one(session, packets[0], now, out)
-        else:
-            for run, size in runs(packets, self.tunnel_mtu or self.mtu):
-                self._send_run(session, run, size, now, out)
+        for run, size in runs(packets, self.tunnel_mtu or self.mtu):
+            self._send_run(session, run, size, now, out)
         self.timers.data_sent(now)
         if self._wants_successor(session, now):
             self._want_handshake(now, out)
-
-    def _send_one(self, session: Session, packet: Buffer, now: float, out: list[Transmit]) -> None:
-        """Send a packet the ways that the last one went a moment ago: what takes long with cold caches is deciding."""
-        datagram = session.seal(packet, self.tunnel_mtu or self.mtu)
-        size = len(datagram)
-        self.packets_sent += 1
-        self.bytes_sent += len(packet)
-        for path, to in self._ways:
-            out.append(Transmit(to, datagram, size))
-            path.sent(1, size)
-        self.timers.anything_sent(now)
 
     def _send_run(self, session: Session, run: Sequence[Buffer], size: int, now: float, out: list[Transmit]) -> None:
         """Seal packets into datagrams of `size` bytes, the last one perhaps shorter, and give them to the paths."""
@@ -215,7 +228,47 @@ class Peer:
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
             self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
-            self._ways_until = now + WAYS_LIFETIME if len(self._ways) == len(chosen) else -INF
+            self._sends_short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
+
+    # -- the short way ---------------------------------------------------------------------------------
+
+    def book(self) -> bool:
+        """Enter in the books what has gone the short way: first it goes on, at the end of the turn it is counted.
+
+        Returns whether there is news, or a deadline before `scheduled_at`.
+        """
+        due = INF
+        if self._unbooked:
+            for entry in self._unbooked:
+                due = min(due, entry())
+            self._unbooked.clear()
+        has_news, self.has_news = self.has_news, False
+        return has_news or due < self.scheduled_at
+
+    def _book_sent(self, ways: Sequence[tuple[Path, Any]], size: int, length: int, now: float) -> float:
+        """A packet of `length` bytes went out in datagrams of `size` bytes; return the deadline that this sets."""
+        self.data_at = now
+        self.packets_sent += 1
+        self.bytes_sent += length
+        for path, _ in ways:
+            path.sent(1, size)
+        return self.timers.packet_sent(now)
+
+    def _book_received(
+        self, session: Session, counter: int, path: Path | None, size: int, length: int, now: float
+    ) -> float:
+        """A packet of `length` bytes came in a datagram of `size` bytes; return the deadline that this sets."""
+        self.heard_at = self.data_at = now
+        self.packets_received += 1
+        self.bytes_received += length
+        if path is not None:
+            path.received(1, size, size)
+        self.receipts.arrived(session, (counter,), now, None if path is None else path.id)
+        return self.timers.packet_received(now)
+
+    def look_again(self) -> None:
+        """Something has happened: nothing goes the short way before it has been looked at again."""
+        self._sends_short_until = self._takes_short_until = -INF
 
     def _stage(self, packets: Sequence[Buffer]) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
@@ -259,9 +312,8 @@ class Peer:
 
         Returns whether anything new and authentic was among them.
         """
-        if len(datagrams) <= size:
-            return self._receive_one(session, datagrams, source, now, inbox, out)
-        path = self.path_at(source)
+        self.book()
+        path, data_before = self.sources.get(source), self.data_at
         opened = session.open(datagrams, size, None if path is None else path.id, now)
         new = len(opened.plain)
         if opened.bad or opened.late or opened.expired:
@@ -272,9 +324,10 @@ class Peer:
             longest = min(size, len(datagrams)) if new else 0  # a copy seen before proves no size
             path.received(new + opened.credited, len(datagrams), longest)
             if opened.credited:
-                self.receipts.gaps.came(path.id, session, opened.low, opened.high, now)
+                self.receipts.gaps.came((path.id,), session, opened.low, opened.high, now)
         if not new:
             return False
+        self.has_news = True
         self._authenticated(session, source, now, out)
         alike = self._take_alike(opened.plain, inbox) if new > 1 else 0
         data = list(opened.counters[:alike])
@@ -290,34 +343,71 @@ class Peer:
             self._data_received(session, data, path, now)
         for counter, plain in controls:
             self._take_control(session, counter, plain, source, now, out)
+        was_quiet_for = now - data_before if data else None
+        self._has_taken(session, source, len(datagrams), now, out, was_quiet_for=was_quiet_for)
         return True
 
-    def _receive_one(
-        self, session: Session, datagram: memoryview, source: Any, now: float, inbox: list[Buffer], out: list[Transmit]
+    def receive_one(
+        self,
+        session: Session,
+        counter: int,
+        datagram: memoryview,
+        source: Any,
+        now: float,
+        inbox: list[Buffer],
+        out: list[Transmit],
     ) -> bool:
         """Take a datagram that came alone: what `receive` does, without what is only worth its while for many."""
-        path, drops = self.path_at(source), self.identity.drops
-        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
-        plain = session.open_one(datagram, None if path is None else path.id, now)
+        path, size = self.sources.get(source), len(datagram)
+        number = None if path is None else path.id
+        plain = session.open_one(datagram, counter, number, now)
         if isinstance(plain, Refused):
             if plain is Refused.CREDITED and path is not None:
-                path.received(1, len(datagram), 0)  # a copy seen before proves no size
-                self.receipts.gaps.came(path.id, session, counter, counter, now)
-            drops[_DROPS[plain]] += 1
+                path.received(1, size, 0)  # a copy seen before proves no size
+                self.receipts.gaps.came((path.id,), session, counter, counter, now)
+            self.identity.drops[_DROPS[plain]] += 1
             return False
+        if now < self._takes_short_until and session is self.current and len(plain) >= IPV4_HEADER:
+            length = plain[2] << 8 | plain[3] if plain[0] == PLAIN_IPV4 else 0
+            if IPV4_HEADER <= length <= len(plain) and (self.allowed is None or plain[12:16] in self.allowed):
+                inbox.append(plain if length == len(plain) else plain[:length])
+                self._unbooked.append(partial(self._book_received, session, counter, path, size, length, now))
+                return True
+        self.book()
+        self.has_news = True
         if path is not None:
-            path.received(1, len(datagram), len(datagram))
+            path.received(1, size, size)
+        self._take_one(session, counter, plain, source, path, size, now, inbox, out)
+        return True
+
+    def _take_one(
+        self,
+        session: Session,
+        counter: int,
+        plain: bytes,
+        source: Any,
+        path: Path | None,
+        size: int,
+        now: float,
+        inbox: list[Buffer],
+        out: list[Transmit],
+    ) -> None:
+        """Take the plaintext of a datagram of `size` bytes that came alone, whatever it is."""
+        was_quiet_for = None
         self._authenticated(session, source, now, out)
         if len(plain) and plain[0] >= LOWEST_PACKET:
             data: list[int] = []
             self._take_packet(plain, counter, data, inbox)
             if data:
+                was_quiet_for = now - self.data_at
                 self._data_received(session, data, path, now)
-            return True
-        session.window.mark_control(counter)
-        if plain:
-            self._take_control(session, counter, plain, source, now, out)
-        return True
+                if self.is_multipath and session is self.current:
+                    self._takes_short_until = now + SHORT_WAY
+        else:
+            session.window.mark_control(counter)
+            if plain:
+                self._take_control(session, counter, plain, source, now, out)
+        self._has_taken(session, source, size, now, out, was_quiet_for=was_quiet_for)
 
     def _data_received(self, session: Session, counters: list[int], path: Path | None, now: float) -> None:
         self.packets_received += len(counters)
@@ -328,7 +418,7 @@ class Peer:
     def _take_control(
         self, session: Session, counter: int, plain: bytes, source: Any, now: float, out: list[Transmit]
     ) -> None:
-        self._ways_until = -INF
+        self.look_again()
         try:
             self._control(session, counter, plain, source, now, out)
         except BadPacketError:
@@ -349,7 +439,7 @@ class Peer:
             length = len(trim(first))
         except BadPacketError:
             return 0
-        if not self._allows(packet_source(first)):
+        if self.allowed is not None and packet_source(first) not in self.allowed:
             return 0
         inbox += bulk if length == len(first) else [packet[:length] for packet in bulk]
         self.bytes_received += length * len(bulk)
@@ -365,7 +455,7 @@ class Peer:
                 self.identity.drops["malformed IP packet"] += 1
                 return
             its_source = packet_source(packet)
-        if not self._allows(its_source):
+        if self.allowed is not None and its_source not in self.allowed:
             self.identity.drops["source not allowed"] += 1
             return
         inbox.append(packet)
@@ -520,6 +610,7 @@ class Peer:
 
     def _new_session(self, keys: noise.SessionKeys, now: float) -> Session:
         self._serial += 1
+        self.look_again()
         self._was_renewed_at_its_end = False
         session = Session(keys, self._serial, now, self.window)
         self.identity.indices.settle(self, session)
@@ -534,6 +625,7 @@ class Peer:
 
     def _drop(self, session: Session | None) -> None:
         if session is not None:
+            self.look_again()
             self.identity.indices.drop(session.local_index)
             self.receipts.retire(session, self._paths_in_use())
             session.close()
@@ -553,11 +645,12 @@ class Peer:
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
+        self.book()
         return self.timers.next_deadline()
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
-        self._ways_until = -INF
+        self.look_again()
         for timer in self.timers.expired(now):
             self._expired(timer, now, out)
 
@@ -654,10 +747,6 @@ class Peer:
         """What `to` leads to `source`."""
         return source
 
-    def path_at(self, source: Any) -> Path | None:
-        """Return the path that is bound to `source`."""
-        return None
-
     def _receipt_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
         """The paths that a RECEIPT goes by, and where to."""
         return ()
@@ -673,9 +762,13 @@ class Peer:
     def _learn_endpoint(self, source: Any) -> None:
         self.endpoint = source
 
-    def _allows(self, source: bytes) -> bool:
-        """Whether packets with this packed source address may come from the peer."""
-        raise NotImplementedError
+    def _has_taken(
+        self, session: Session, source: Any, size: int, now: float, out: list[Transmit], *, was_quiet_for: float | None
+    ) -> None:
+        """Hook: `size` bytes of datagrams from `source` brought something new, not the short way.
+
+        `was_quiet_for`: so many seconds after the last IP packet they brought another; None if they brought none.
+        """
 
     def _wants_successor(self, session: Session, now: float) -> bool:
         """Whether what has just been sent under `session` is a reason for new keys."""

@@ -10,7 +10,6 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from ipaddress import IPv4Network, IPv6Network
 
     from mptunnel.config import WireGuardFile
@@ -39,15 +38,16 @@ def stock_tunnel(file: WireGuardFile, dns: tuple[IPAddress, ...]) -> Tunnel:
     return Tunnel(own4, own4, own6, own6, has_ipv6, dns)
 
 
-def allowed_by(file: WireGuardFile) -> Callable[[bytes], bool]:
-    """Return the check of an incoming packet's source against AllowedIPs."""
-    networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
+class AllowedAddresses:
+    """The packed source addresses that a stock server's packets may have: what AllowedIPs of its file covers."""
 
-    def is_allowed(source: bytes) -> bool:
+    def __init__(self, file: WireGuardFile) -> None:
+        self._networks = {version: [n for n in file.allowed_ips if n.version == version] for version in (4, 6)}
+
+    def __contains__(self, source: object) -> bool:
+        assert isinstance(source, bytes)  # noqa: S101  as it is in a packet
         address: IPAddress = IPv4Address(source) if len(source) == 4 else IPv6Address(source)
-        return any(address in network for network in networks[address.version])
-
-    return is_allowed
+        return any(address in network for network in self._networks[address.version])
 
 
 def path_values(number: int, way: Way) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt
 from mptunnel.session import FIRST_PATH, WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mptunnel.session import Session
 
@@ -69,15 +69,13 @@ class Receipts:
         """The longest time in which nothing came although packets were lost, in s."""
         return self.gaps.ways[ALL].longest
 
-    def arrived(self, session: Session, counters: list[int], now: float, path: int | None = None) -> None:
+    def arrived(self, session: Session, counters: Sequence[int], now: float, path: int | None = None) -> None:
         """IP packets came in under these counters, their first copies, by `path`; of later ones `gaps` is told."""
-        lowest = min(counters)
+        lowest = counters[0] if len(counters) == 1 else min(counters)
         gaps = self.gaps
         if gaps.is_idle:
             gaps.woken(session, lowest, now)
-        gaps.came(ALL, session, lowest, counters[-1], now)
-        if path is not None:
-            gaps.came(path, session, lowest, counters[-1], now)
+        gaps.came((ALL,) if path is None else (ALL, path), session, lowest, counters[-1], now)
         self._sessions[session.serial] = session
         if lowest <= session.settled:
             late = sum(counter <= session.settled for counter in counters)

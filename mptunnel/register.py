@@ -80,7 +80,7 @@ class Register:
         self._removed = [record for record in peers if record.removed is not None]
         self._tokens = tokens
         self._entropy = entropy
-        self._saves: list[Event] = []
+        self.saves: list[Event] = []  # what must be saved; see `take_saves`
         self._key_at: dict[bytes, bytes] = {}
         self._expires_at = {token.join_public: now + token.expires - wall for token in tokens}
         for record in self.records.values():
@@ -88,7 +88,7 @@ class Register:
 
     def take_saves(self) -> list[Event]:
         """Take out what must be saved."""
-        saves, self._saves = self._saves, []
+        saves, self.saves = self.saves, []
         return saves
 
     def key_at(self, address: bytes) -> bytes | None:
@@ -237,5 +237,5 @@ class Register:
 
     def _save(self, name: str, document: Mapping[str, Any] | str | None) -> SaveState:
         event = SaveState(name, document)
-        self._saves.append(event)
+        self.saves.append(event)
         return event

@@ -41,6 +41,7 @@ MAX_COLLECTED: Final = 64  # handshake messages in one turn
 MAX_TAKEN: Final = 8
 MAX_ANSWERED: Final = 4096
 INF: Final = float("inf")
+_NOBODY: Final = (None, None)
 _EPHEMERAL: Final = slice(8, 40)  # of an initiation
 _HANDSHAKE_SIZES = {INITIATION: INITIATION_SIZE, RESPONSE: RESPONSE_SIZE, COOKIE_REPLY: COOKIE_REPLY_SIZE}
 
@@ -71,7 +72,8 @@ class Role:
         self._handshakes: deque[tuple[bytes, Any]] = deque()
         self._answered: dict[bytes, Peer] = {}  # whose initiation with this ephemeral key we took
         self._busy: set[Peer] = set()  # those that have had something to do with data in this turn
-        self._out: list[Transmit] = []
+        self.out: list[Transmit] = []  # what is to be sent; see `transmits`
+        self._meter: Callable[[Any, int, int], None] | None = None  # told way, datagrams and bytes of all that goes by
         self._events: list[Event] = []
         self.wall_is(now, wall)
 
@@ -85,10 +87,13 @@ class Role:
 
     def transmits(self) -> list[Transmit]:
         """Take out what is to be sent."""
-        out = self._out
+        out = self.out
         if not out:
             return []
-        self._out = []
+        self.out = []
+        if self._meter is not None:
+            for each in out:
+                self._meter(each.to, -(-len(each.data) // each.size), len(each.data))
         return out
 
     def events(self) -> list[Event]:
@@ -104,18 +109,32 @@ class Role:
 
         IP packets are appended to `inbox`.
         """
-        if len(datagrams) <= size:
-            self._receive_run(datagrams, size or 1, source, now, inbox)
+        if self._meter is not None:
+            self._meter(source, -(-len(datagrams) // max(1, size)), len(datagrams))
+        if len(datagrams) > size:
+            for run in same_headers(datagrams, size):
+                self._receive_run(run, size, source, now, inbox)
             return
-        for run in same_headers(datagrams, size):
-            self._receive_run(run, size, source, now, inbox)
+        if len(datagrams) >= OVERHEAD:
+            kind, index, counter = TRANSPORT_HEADER.unpack_from(datagrams)
+            if kind == TRANSPORT:
+                peer, session = self.identity.indices.owners.get(index, _NOBODY)
+                if peer is None or session is None:
+                    self.drops["unknown index"] += 1
+                elif peer.receive_one(session, counter, datagrams, source, now, inbox, self.out):
+                    self._busy.add(peer)
+                return
+        self._collect(datagrams, source)
 
     def finish_turn(self, now: float) -> None:
         """All data of this turn has been taken: now what came of it for the peers, then some handshakes."""
         if self._busy:
             busy, self._busy = self._busy, set()
             for peer in busy:
-                self._after(peer, now)
+                if peer.book():
+                    self._after(peer, now)
+        if not self._handshakes:
+            return
         if len(self._handshakes) > MAX_TAKEN:
             self._door.crowded(now)
         for _ in range(min(MAX_TAKEN, len(self._handshakes))):
@@ -129,12 +148,10 @@ class Role:
         if len(run) >= OVERHEAD and size >= OVERHEAD:
             kind, index, _ = TRANSPORT_HEADER.unpack_from(run)
             if kind == TRANSPORT:
-                owner = self.identity.indices.find(index)
-                if owner is None or owner[1] is None:
+                peer, session = self.identity.indices.owners.get(index, _NOBODY)
+                if peer is None or session is None:
                     self.drops["unknown index"] += -(-len(run) // size)
-                    return
-                peer = owner[0]
-                if peer.receive(owner[1], run, size, source, now, inbox, self._out):
+                elif peer.receive(session, run, size, source, now, inbox, self.out):
                     self._busy.add(peer)
                 return
         for at in range(0, max(1, len(run)), size):
@@ -201,11 +218,11 @@ class Role:
         if owner is None or owner[1] is not None:
             self.drops["unknown index"] += 1
             return
-        owner[0].response_received(message, now, self._out)
+        owner[0].response_received(message, now, self.out)
         self._after(owner[0], now)
 
     def _transmit(self, to: Any, datagram: bytes) -> None:
-        self._out.append(Transmit(to, datagram, len(datagram)))
+        self.out.append(Transmit(to, datagram, len(datagram)))
 
     def _product_with(self, public: bytes, now: float) -> bytes | None:
         """Return the static-static product with the peer of this key, None for a stranger."""

@@ -84,6 +84,7 @@ class Server(Role):
         self.port = port
         self._offer = offer
         self._peers: dict[bytes, ClientPeer] = {}
+        self._peer_at: dict[bytes, ClientPeer] = {}  # by packed address, once something has gone there
         self._joiners: dict[bytes, JoinPeer] = {}
         self._heap: list[tuple[float, int, Peer]] = []
         self._order = count()
@@ -120,7 +121,7 @@ class Server(Role):
             self._send_batch(peer, batch, now)
 
     def _send_batch(self, peer: ClientPeer, batch: list[Buffer], now: float) -> None:
-        peer.send(batch, now, self._out)
+        peer.send(batch, now, self.out)
         self._busy.add(peer)
 
     def next_deadline(self) -> float:
@@ -138,22 +139,23 @@ class Server(Role):
                 peer.scheduled_at = INF
                 due.append(peer)
         for peer in due:
-            peer.handle_timeout(now, self._out)
+            peer.handle_timeout(now, self.out)
             self._after(peer, now)
 
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
         """The kernel refused datagrams: that is the affair of the path they were for."""
         self.drops[f"not sent: {why}"] += datagrams
         for peer in self._peers.values():
-            path = peer.path_at(to)
+            path = peer.sources.get(to)
             if path is not None:
                 path.not_sent(datagrams, size, why)
                 return
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
-        saves = self.register.take_saves()
-        return saves + super().events() if saves else super().events()
+        if not self._events and not self.register.saves:  # nearly always
+            return []
+        return self.register.take_saves() + super().events()
 
     def job_done(self, job: Event, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
@@ -173,22 +175,29 @@ class Server(Role):
             if not (failed or self._are_peers_unsaved):
                 answer = enrolled
             if joiner.current is session:  # else whoever asked asks again, and nobody else may read it
-                joiner.answer(answer, source, now, self._out)
+                joiner.answer(answer, source, now, self.out)
 
     def close(self, now: float) -> None:
         """Say goodbye on every path, and leave the last timestamp on disk."""
         for peer in self._peers.values():
-            peer.close(CloseReason.STOP, now, self._out)
+            peer.close(CloseReason.STOP, now, self.out)
         self._save_last_timestamp()
 
     # -- peers -----------------------------------------------------------------------------------------
 
     def _peer_to(self, packet: Buffer, now: float) -> ClientPeer | None:
         try:
-            public = self.register.key_at(destination(packet))
+            address = destination(packet)
         except IndexError:
             return None
-        return None if public is None else self._peer_of(public, now)
+        known = self._peer_at.get(address)
+        if known is not None:
+            return known
+        public = self.register.key_at(address)
+        peer = None if public is None else self._peer_of(public, now)
+        if peer is not None:
+            self._peer_at[address] = peer
+        return peer
 
     def _peer_with(self, public: bytes, now: float) -> Peer | None:
         return self._peer_of(public, now) or self._joiner_of(public, now)
@@ -279,7 +288,7 @@ class Server(Role):
                 self._refusal_told_at = now
                 key = key_short(enrol.public_key)
                 log.warning("%s: key %s from %s is refused: %s", joiner.name, key, source, result.name.lower())
-            joiner.answer(enrolled, source, now, self._out)
+            joiner.answer(enrolled, source, now, self.out)
         else:
             self._binding.add(public)
             self._unsaved[id(save)] = (joiner, joiner.current, enrolled, source)
@@ -339,8 +348,9 @@ class Server(Role):
     def _remove_client(self, name: str, now: float) -> Reply:
         record, save = self.register.remove(name, now)
         peer = self._peers.pop(record.public_key, None)
+        self._peer_at.clear()
         if peer is not None:
-            peer.close(CloseReason.NOT_ADMITTED, now, self._out)
+            peer.close(CloseReason.NOT_ADMITTED, now, self.out)
             peer.gone("it is removed", now)
             self._after(peer, now)
             peer.forget_keys()

@@ -65,7 +65,7 @@ from mptunnel.timers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from mptunnel.alarm import Alarm
     from mptunnel.events import Transmit
@@ -108,7 +108,7 @@ class ServerPeer(Peer):
         is_ours: bool = False,
         is_stock: bool = False,
         enrol: Enrol | None = None,
-        allows: Callable[[bytes], bool] | None = None,
+        allows: Container[bytes] | None = None,
         alarm: Alarm | None = None,
     ) -> None:
         super().__init__(identity, remote, name, mtu, now)
@@ -125,7 +125,8 @@ class ServerPeer(Peer):
         self._clock_origin = clock_origin
         self._idle_probe = idle_probe
         self._enrol = enrol
-        self._permits = allows
+        self.allowed = allows
+        self.sources = paths  # by number
         self._alarm = alarm
         self._probe_interval = PROBE_INTERVAL if alarm is None else alarm.interval  # in use
         self._started_at = now
@@ -152,6 +153,7 @@ class ServerPeer(Peer):
     def path_opened(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         """A path has a new socket: use it at once."""
         path.opened(int.from_bytes(self.identity.entropy(4), "little"), now)
+        self.look_again()
         has_session = self.current is not None and self.current.is_alive(now)
         if has_session:
             if self.speaks:
@@ -166,6 +168,7 @@ class ServerPeer(Peer):
 
     def path_closed(self, now: float, out: list[Transmit]) -> None:
         """A path has lost its socket: a server that takes one copy is shown at once by which path we come now."""
+        self.look_again()
         if self.takes_one_copy and self._single != (single := self._single_path()) and single is not None:
             self._send_keepalive(now, out)
 
@@ -214,12 +217,12 @@ class ServerPeer(Peer):
 
     # -- sending and receiving -------------------------------------------------------------------------
 
-    def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
-        """See `Peer.send`; the first packets after a pause also make every path known again."""
-        was_idle = now - self.data_at >= IN_USE and not self.in_use(now)
+    def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+        """See `Peer._send_batch`; the first packets after a pause also make every path known again."""
+        was_idle = not self.in_use(now)
         if self._owes_hello:
             self._send_owed_hello(now, out)
-        super().send(packets, now, out)
+        super()._send_batch(packets, now, out)
         if was_idle:
             self._probe_soon(now)
             if self._asks_quietly:
@@ -228,28 +231,19 @@ class ServerPeer(Peer):
             if is_waiting and (self.is_multipath or self.is_ours) and not self.timers.is_armed(Timer.REPEAT):
                 self.timers.at(Timer.REPEAT, now)
 
-    def receive(
-        self,
-        session: Session,
-        datagrams: memoryview,
-        size: int,
-        source: Any,
-        now: float,
-        inbox: list[Buffer],
-        out: list[Transmit],
-    ) -> bool:
-        """See `Peer.receive`; the first packets after a pause also make every path known again."""
-        was_idle, before = now - self.data_at >= IN_USE and not self.in_use(now), self.packets_received
-        is_new = super().receive(session, datagrams, size, source, now, inbox, out)
-        if self.packets_received != before and self._alarm is not None:
-            self._alarm_answered(self._alarm, now)
-        if was_idle and self.data_at == now:
-            self._probe_soon(now)
-            if self._owes_hello:
-                self._send_owed_hello(now, out)
-        if is_new and self.is_stock:
-            self._lives(self.path_at(source), now)
-        return is_new
+    def _has_taken(
+        self, session: Session, source: Any, size: int, now: float, out: list[Transmit], *, was_quiet_for: float | None
+    ) -> None:
+        """See `Peer._has_taken`; the first packets after a pause also make every path known again."""
+        if was_quiet_for is not None:
+            if self._alarm is not None:
+                self._alarm_answered(self._alarm, now)
+            elif was_quiet_for >= IN_USE and now - self._begun_at >= IN_USE:
+                self._probe_soon(now)
+                if self._owes_hello:
+                    self._send_owed_hello(now, out)
+        if self.is_stock:
+            self._lives(self.paths.get(source), now)
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
@@ -295,10 +289,6 @@ class ServerPeer(Peer):
             log.info("path %s up: it alone is used, the server is a stock one", path.name)
             self.tell_path(path, now)
 
-    def path_at(self, source: Any) -> ClientPath | None:
-        """Return the path of this id."""
-        return self.paths.get(source)
-
     def _paths_in_use(self) -> int:
         if not self.is_multipath:
             return 0
@@ -312,9 +302,6 @@ class ServerPeer(Peer):
 
     def _learn_endpoint(self, source: Any) -> None:
         """R8: the server's address is pinned; its packets move nothing."""
-
-    def _allows(self, source: bytes) -> bool:
-        return self._permits is None or self._permits(source)
 
     # -- handshake -------------------------------------------------------------------------------------
 
@@ -608,7 +595,7 @@ class ServerPeer(Peer):
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
-        due = self.timers.next_deadline()
+        due = super().next_deadline()
         if self._alarm is not None:
             due = min(due, self._alarm.due_at(self.heard_at))
         if self.speaks:

@@ -48,8 +48,7 @@ _LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
 _NONCE = struct.Struct("<4xQ")
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
-COUNTER: Final = struct.Struct("<Q")
-COUNTER_AT: Final = 8  # in a type 4 datagram
+_COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(PADDING)
 
 
@@ -144,14 +143,14 @@ class ReplayWindow:
             self._paths[low:high] = bytes(high - low)
 
 
-class Refused(enum.Enum):
+class Refused(enum.IntEnum):
     """Why a datagram that came alone brought nothing."""
 
-    REPEATED = "another path, or this one, has delivered it"
-    CREDITED = "another path has delivered it, and it is news that this one did too"
-    LATE = "it is below the window, so nobody knows"
-    BAD = "it is not authentic"
-    EXPIRED = "its key is too old"
+    REPEATED = enum.auto()  # another path, or this one, has delivered it
+    CREDITED = enum.auto()  # another path has delivered it, and it is news that this one did too
+    LATE = enum.auto()  # it is below the window, so nobody knows
+    BAD = enum.auto()  # it is not authentic
+    EXPIRED = enum.auto()  # its key is too old
 
 
 class Opened:
@@ -210,8 +209,12 @@ class Session:
         counter = self.counter
         self.counter = counter + 1
         head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
-        plain = _padded(packet, limit) if len(packet) % PADDING else packet
-        return head + self._seal.encrypt(_NONCE.pack(counter), plain, None)
+        lacking = -len(packet) % PADDING
+        if lacking:
+            if len(packet) + lacking > limit > 0:
+                lacking = max(0, limit - len(packet))
+            packet = b"".join((packet, _ZEROS[:lacking]))
+        return head + self._seal.encrypt(_NONCE.pack(counter), packet, None)
 
     def seal_run(self, packets: Sequence[Buffer], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
@@ -225,7 +228,7 @@ class Session:
             packets = [_padded(packet, limit) for packet in packets]
         head = repeat(_START.pack(TRANSPORT, self.remote_index))
         sealed = map(self._seal.encrypt, _nonces(counters), packets, repeat(None))  # no bytecode for each packet
-        return b"".join(chain.from_iterable(zip(head, map(COUNTER.pack, counters), sealed, strict=False)))
+        return b"".join(chain.from_iterable(zip(head, map(_COUNTER.pack, counters), sealed, strict=False)))
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
@@ -251,11 +254,10 @@ class Session:
             self._open_singly(datagrams, size, counters, path, opened)
         return opened
 
-    def open_one(self, datagram: memoryview, path: int | None, now: float) -> bytes | Refused:
-        """Open a type 4 datagram that came alone: what `open` does, the short way."""
-        if not self.is_alive(now):
+    def open_one(self, datagram: memoryview, counter: int, path: int | None, now: float) -> bytes | Refused:
+        """Open a type 4 datagram that came alone, under this counter: what `open` does, the short way."""
+        if now - self.created_at >= REJECT_AFTER_TIME or self.counter >= REJECT_AFTER_MESSAGES:
             return Refused.EXPIRED
-        (counter,) = COUNTER.unpack_from(datagram, COUNTER_AT)
         window = self.window
         if counter <= window.top and not window.is_fresh(counter):
             if counter <= window.top - window.width:

@@ -45,7 +45,7 @@ ENROL_INTERVAL: Final = 0.5
 PATIENT_INTERVAL: Final = 25.0
 
 
-class Timer(enum.Enum):
+class Timer(enum.IntEnum):  # whose hash is a number's: it is looked up for every packet
     """What is due."""
 
     RETRANSMIT = enum.auto()
@@ -64,10 +64,11 @@ class Timer(enum.Enum):
 class PeerTimers:
     """Deadlines of one peer. Call the method that names what has just happened."""
 
-    __slots__ = ("_at", "_needs_another_keepalive", "_rng", "persistent")
+    __slots__ = ("_at", "_jitter", "_needs_another_keepalive", "_rng", "persistent")
 
     def __init__(self, rng: random.Random) -> None:
         self._at: dict[Timer, float] = {}
+        self._jitter = rng.uniform(0, JITTER)  # of the next handshake; another one for each
         self._needs_another_keepalive = False
         self._rng = rng
         self.persistent = 0.0  # seconds; 0: off
@@ -107,7 +108,8 @@ class PeerTimers:
 
     def initiation_sent(self, now: float, patience: float = 0.0) -> None:
         """Expect the response in `patience` seconds, 5 by default."""
-        self._at[Timer.RETRANSMIT] = now + (patience or REKEY_TIMEOUT) + self._rng.uniform(0, JITTER)
+        self._jitter = self._rng.uniform(0, JITTER)
+        self._at[Timer.RETRANSMIT] = now + (patience or REKEY_TIMEOUT) + self._jitter
 
     def keys_derived(self, now: float) -> None:
         """There are new keys, which the initiator has still to confirm: until then a call of ours is repeated."""
@@ -131,7 +133,7 @@ class PeerTimers:
     def data_sent(self, now: float) -> None:
         """An IP packet went out: something must come in within 15 s."""
         if Timer.NEW_HANDSHAKE not in self._at:
-            self._at[Timer.NEW_HANDSHAKE] = now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self._rng.uniform(0, JITTER)
+            self._at[Timer.NEW_HANDSHAKE] = now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self._jitter
 
     def data_received(self, now: float) -> None:
         """An IP packet came in: something must go out within 10 s."""
@@ -151,6 +153,36 @@ class PeerTimers:
         self._at.pop(Timer.NEW_HANDSHAKE, None)
         if self.persistent:
             self._at[Timer.PERSISTENT] = now + self.persistent
+
+    def packet_sent(self, now: float) -> float:
+        """A single IP packet went out, in a datagram of its own; return when something must have come in.
+
+        What `data_sent` and `anything_sent` do, in one call.
+        """
+        at = self._at
+        at.pop(Timer.KEEPALIVE, None)
+        if self.persistent:
+            at[Timer.PERSISTENT] = now + self.persistent
+        silent_at = at.get(Timer.NEW_HANDSHAKE)
+        if silent_at is None:
+            silent_at = at[Timer.NEW_HANDSHAKE] = now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self._jitter
+        return silent_at
+
+    def packet_received(self, now: float) -> float:
+        """A single IP packet came in; return when it must be answered.
+
+        What `anything_received` and `data_received` do, in one call.
+        """
+        at = self._at
+        at.pop(Timer.NEW_HANDSHAKE, None)
+        if self.persistent:
+            at[Timer.PERSISTENT] = now + self.persistent
+        answer_at = at.get(Timer.KEEPALIVE)
+        if answer_at is None:
+            answer_at = at[Timer.KEEPALIVE] = now + KEEPALIVE_TIMEOUT
+        else:
+            self._needs_another_keepalive = True
+        return answer_at
 
     def keepalive_sent(self, now: float) -> None:
         """The passive keepalive went out; data came in meanwhile too, so another may be owed."""

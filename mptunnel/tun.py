@@ -72,6 +72,8 @@ class Tun:
         frames: list[memoryview] = []
         fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
+            if most == 1:
+                return [self._buffers[0][: readv(fd, self._targets[0]) + skipped]]
             for buffer, target in zip(self._buffers, self._targets, strict=True):
                 length = readv(fd, target) + skipped
                 frames.append(buffer[:length])

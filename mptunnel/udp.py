@@ -147,16 +147,17 @@ class PathSocket(Receiver):
 
     def send(self, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
-        self.unseen += len(data)
+        length = len(data)
+        self.unseen += length
         send, refused, why = self._socket.send, 0, ""
-        if size < len(data) and self.sends_runs:
+        if size < length and self.sends_runs:
             try:
                 if self._send_run(data, size, []):
                     return 0, ""
             except OSError as error:
-                return -(-len(data) // size), _name(error)
-        for at in range(0, len(data), size):
-            datagram = data[at : at + size]
+                return -(-length // size), _name(error)
+        for at in range(0, length, size):
+            datagram = data[at : at + size] if size < length else data
             try:
                 send(datagram)
             except OSError as error:
@@ -228,16 +229,17 @@ class ServerSocket(Receiver):
     def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
         address, ancillary = self._ways.get(to) or self._way(to)
-        refused, why = 0, ""
-        if size < len(data) and self.sends_runs:
+        refused, why, length = 0, "", len(data)
+        if size < length and self.sends_runs:
             try:
                 if self._send_run(data, size, ancillary, address):
                     return 0, ""
             except OSError as error:
-                return -(-len(data) // size), _name(error)
-        for at in range(0, len(data), size):
+                return -(-length // size), _name(error)
+        for at in range(0, length, size):
+            datagram = data[at : at + size] if size < length else data
             try:
-                self._socket.sendmsg([data[at : at + size]], ancillary, 0, address)
+                self._socket.sendmsg([datagram], ancillary, 0, address)
             except OSError as error:
                 refused += 1
                 why = _name(error)

@@ -348,6 +348,7 @@ class Simnet:
         elif self.is_client_awake:
             inbox: list[Buffer] = []
             self.client.send([memoryview(PLAIN + packet) for packet in packets], self.now, inbox)
+            self.client.finish_turn(self.now)
             self.at_client += [(self.now, bytes(packet)) for packet in inbox]
         self._drain()
 
@@ -356,6 +357,7 @@ class Simnet:
             self._stock_server.send(list(packets), self.now)
         elif self.is_server_alive:
             self.server.send([memoryview(PLAIN + packet) for packet in packets], self.now)
+            self.server.finish_turn(self.now)
         self._drain()
 
     def run(self, seconds: float) -> None:

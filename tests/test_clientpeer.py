@@ -282,7 +282,7 @@ def test_one_endpoint_is_one_path() -> None:
     deliver(net, sealed(net, challenge.encode(Control.RESPONSE)), net.source(0))
     assert endpoints(net)[5] == net.source(0)
     assert endpoints(net)[0] is None
-    assert net.guest.path_at(net.source(0)) is net.guest.paths[5]
+    assert net.guest.sources.get(net.source(0)) is net.guest.paths[5]
 
 
 def test_a_silent_path_whose_endpoint_is_another_one_now_is_shown_no_life() -> None:
@@ -432,7 +432,7 @@ def test_a_path_silent_for_30_s_is_forgotten() -> None:
     assert 0 in net.guest.paths
     net.run(1.5)
     assert 0 not in net.guest.paths
-    assert net.guest.path_at(net.source(0)) is None
+    assert net.guest.sources.get(net.source(0)) is None
 
 
 def test_an_idle_path_is_forgotten_after_twice_the_interval_it_announced() -> None:
@@ -525,7 +525,7 @@ def test_another_instance_resets_the_paths_and_the_same_one_does_not() -> None:
     assert len(net.guest.paths) == 2
     deliver(net, hello(net, serial=51, instance=12345), net.source(0))
     assert net.guest.paths == {}
-    assert net.guest.path_at(net.source(1)) is None
+    assert net.guest.sources.get(net.source(1)) is None
     net.run(1.0)
     assert len(net.guest.paths) == 2  # the next probes bind them again
 

@@ -95,7 +95,7 @@ class Pump:
             self._deliver(other.current.seal(plain), source)
         challenge = decode_challenge_untrusted(memoryview(other.foreign[-1]))
         self._deliver(other.current.seal(challenge.encode(Control.RESPONSE)), source)
-        assert self.server._peers[other.key.public].path_at(source) is not None
+        assert self.server._peers[other.key.public].sources.get(source) is not None
         other.foreign.clear()
 
     def _deliver(self, datagram: bytes, source: Endpoint) -> None:

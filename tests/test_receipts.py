@@ -92,7 +92,7 @@ class Direction:
                     under.window.mark_control(counter)
                     settle_at = min(settle_at, self.receipts.mark(under, counter, packets, now, path))
             elif under.window.credit_run(counter, 1, path):
-                self.receipts.gaps.came(path, under, counter, counter, now)
+                self.receipts.gaps.came((path,), under, counter, counter, now)
             if packets < 0:
                 self.came.setdefault((under.serial, counter), []).append(path)
                 self.copies.append((now, path, (bytes((under.serial,)), counter)))
@@ -415,7 +415,7 @@ def test_a_batch_costs_a_handful_of_calls_however_long_it_is(length: int) -> Non
         calls(lambda: receipts.arrived(under, list(range(at, at + length)), 4.001, 0)) <= 5
     )  # also the lambda, and min
     under.window.credit_run(at, length, 1)
-    assert calls(lambda: receipts.gaps.came(1, under, at, at + length - 1, 4.001)) <= 2
+    assert calls(lambda: receipts.gaps.came((1,), under, at, at + length - 1, 4.001)) <= 2
 
 
 def test_what_is_settled_costs_calls_per_mark_and_slices_per_packet() -> None:

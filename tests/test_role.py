@@ -120,7 +120,7 @@ def test_forged_copies_from_a_bound_address_raise_what_is_shown_as_received_once
     net = busy()
     copies = frozenset({"rx", "rx_bytes", "_paths"})
     before = snapshot(net.server, OUTSIDE | copies)
-    path = net.guest.path_at(net.source(1))
+    path = net.guest.sources.get(net.source(1))
     assert path is not None
     received = path.rx
     _, seen = net.sent(TRANSPORT, "up", 0)[-60]  # a datagram that only the other path carried, perhaps

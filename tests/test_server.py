@@ -122,7 +122,7 @@ def test_a_turn_with_a_thousand_clients_busies_only_those_that_are_due(monkeypat
     assert len(server._peers) == 1000
     server.handle_timeout(START + 1.0)
     calls: Counter[int] = Counter()
-    for name in ("next_deadline", "handle_timeout", "send", "receive", "path_at", "status"):
+    for name in ("next_deadline", "handle_timeout", "send", "receive", "receive_one", "status"):
         plain = getattr(ClientPeer, name)
 
         def counted(self: ClientPeer, *args: Any, plain: Any = plain) -> Any:
@@ -214,7 +214,7 @@ def test_a_client_cannot_speak_for_another() -> None:
 def test_what_the_kernel_refuses_is_counted_on_the_path_it_was_for() -> None:
     net = Simnet(Wire(), Wire())
     net.run(3.0)
-    path = net.guest.path_at(net.source(1))
+    path = net.guest.sources.get(net.source(1))
     assert path is not None
     tx = path.tx
     net.server.not_sent(net.source(1), 3, 300, "ENOBUFS")
