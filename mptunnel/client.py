@@ -498,9 +498,10 @@ class Client(Role):
             return "silent" if self._state in {"up", "silent"} else "connecting"
         if not peer.is_multipath:
             return "up"
-        states = {path.state for path in self.paths.values()}
-        is_up = bool(states & {PathState.UP, PathState.SLOW})
-        is_up |= self._state == "up" and PathState.PROBING in states  # not yet silent: it has just been opened
+        paths = self.paths.values()
+        is_up = any(path.is_up for path in paths)
+        if self._state == "up":  # one that has just been opened is not silent yet
+            is_up = is_up or any(path.state is PathState.PROBING for path in paths)
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
     def _why_silent(self) -> str:

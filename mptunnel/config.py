@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mptunnel.errors import ConfigError
+from mptunnel.events import host_port
 from mptunnel.keys import (
     NO_PSK,
     JoinToken,
@@ -335,12 +336,12 @@ def parse_network(text: str) -> IPv4Network:
 
 def spelling(host: str, port: int) -> str:
     """Return the form under which a server's `-c` is remembered: `host:port`, lower case."""
-    return _with_port(host.lower().removesuffix("."), port)
+    return host_port(host.lower().removesuffix("."), port)
 
 
 def server_argument(host: str, port: int) -> str:
     """Return what a client writes behind `-c` for this server, the port only where it is not the default."""
-    return host if port == DEFAULT_PORT else _with_port(host, port)
+    return host if port == DEFAULT_PORT else host_port(host, port)
 
 
 def public_address(links: Iterable[Link]) -> IPv4Address | IPv6Address | None:
@@ -363,10 +364,6 @@ def client_line(server: str, token_text: str | None) -> str:
     """
     join = f" --join {token_text}" if token_text else ""
     return f"sudo mptunnel -c {server}{join}"
-
-
-def _with_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _gateway(link: Link, version: int) -> Gateway | None:

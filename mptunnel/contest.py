@@ -6,7 +6,6 @@ through it, and says what its processes have used. All of them masquerade what l
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -20,6 +19,7 @@ from mptunnel.lab import SERVER, TARGET
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
 
     from mptunnel.lab import Lab
 
@@ -57,11 +57,7 @@ class Contestant:
     def start(self) -> None:
         """Bring the tunnel up, and return when the route to the target leads through it. Raises `HostError`."""
         self.open()
-        end = time.monotonic() + _START_SECONDS
-        while f"dev {self.device} " not in self._lab.run("cl", ["ip", "route", "get", TARGET]):
-            if time.monotonic() > end:
-                raise HostError(f"{self.name}: no route to the target through {self.device}")
-            time.sleep(_STEP)
+        self._wait("cl", self._is_routed, f"no route to the target through {self.device}")
 
     def open(self) -> None:
         """Start what there is to start."""
@@ -105,16 +101,27 @@ class Contestant:
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         return f": {lines[-1]}" if lines else ""
 
-    def _wait_device(self, role: str) -> None:
+    def _wait(self, role: str, is_done: Callable[[], object], complaint: str) -> None:
+        """Try until it is done: neither false nor a `HostError`. Raises `HostError` if that takes too long."""
         end = time.monotonic() + _START_SECONDS
         while True:
             self.check()
-            with contextlib.suppress(HostError):
-                self._lab.run(role, ["ip", "link", "show", self.device])
-                return
+            why = self._words(role)
+            try:
+                if is_done():
+                    return
+            except HostError as error:
+                why = f": {error}"
             if time.monotonic() > end:
-                raise HostError(f"{self.name}: no device at {role}{self._words(role)}")
+                raise HostError(f"{self.name}: {complaint}{why}")
             time.sleep(_STEP)
+
+    def _is_routed(self) -> bool:
+        return f"dev {self.device} " in self._lab.run("cl", ["ip", "route", "get", TARGET])
+
+    def _wait_device(self, role: str) -> None:
+        show = ["ip", "link", "show", self.device]
+        self._wait(role, lambda: self._lab.run(role, show), f"no device at {role}")
 
 
 class WireguardGo(Contestant):
@@ -144,16 +151,12 @@ class WireguardGo(Contestant):
     def _configure(self, role: str, pid: int, text: str) -> None:
         """Give it its keys as soon as its socket is there."""
         command = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "wg", "setconf", self.device, "/dev/stdin"]
-        end = time.monotonic() + _START_SECONDS
-        while True:
-            try:
-                self._lab.run(role, command, given=text)
-            except HostError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(_STEP)
-            else:
-                return
+
+        def is_told() -> bool:
+            self._lab.run(role, command, given=text)
+            return True
+
+        self._wait(role, is_told, f"cannot be configured at {role}")
 
 
 class OpenVpn(Contestant):
@@ -188,7 +191,7 @@ class OpenVpn(Contestant):
             self._spawn(role, ["openvpn", "--config", str(config)])
         self._be_gateway()
         self._wait_device("cl")
-        self._wait_session()
+        self._wait("cl", self._is_up, "does not come up")
         self._lab.ip("cl", f"route add {_TARGETS} dev {self.device}")
 
     def _certificate(self, role: str) -> str:
@@ -200,13 +203,8 @@ class OpenVpn(Contestant):
         told = self._lab.run(role, ["openssl", "x509", "-in", f"{base}.crt", "-noout", "-fingerprint", "-sha256"])
         return told.strip().partition("=")[2]
 
-    def _wait_session(self) -> None:
-        end = time.monotonic() + _START_SECONDS
-        while "Initialization Sequence Completed" not in (self._places / "cl.log").read_text(errors="replace"):
-            self.check()
-            if time.monotonic() > end:
-                raise HostError(f"{self.name} does not come up{self._words('cl')}")
-            time.sleep(_STEP)
+    def _is_up(self) -> bool:
+        return "Initialization Sequence Completed" in (self._places / "cl.log").read_text(errors="replace")
 
 
 class Mptunnel(Contestant):

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     ScriptValue = IPAddress | int | str | bool | Path | tuple[object, ...]
 
 
+def host_port(host: str, port: int) -> str:
+    """Return an address or a name and a port as people write them (RFC 3986, 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Endpoint(NamedTuple):
     """Where a server's datagram came from, and the local address it came to, which is the one to answer from.
 
@@ -37,8 +42,7 @@ class Endpoint(NamedTuple):
         return self.host.removeprefix("::ffff:") if "." in self.host else self.host
 
     def __str__(self) -> str:
-        host = self.plain_host
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return host_port(self.plain_host, self.port)
 
 
 class Transmit(NamedTuple):  # a tuple is made fastest, and there is one for each packet and path

@@ -27,7 +27,6 @@ from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState, Stop
 from mptunnel.hook import Hook
-from mptunnel.tun import BATCH
 from mptunnel.worker import Worker
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ class Loop:
     def _read_tun(self) -> list[memoryview]:
         """Return frames from the device; one that came alone goes on before we look whether there are more."""
         try:
-            return self._tun.read(min(self._reads(self._tun.fileno()), BATCH))
+            return self._tun.read(self._reads(self._tun.fd))
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -351,7 +350,7 @@ class ServerLoop(Loop):
     def _socket_ready(self, moment: float) -> None:
         receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
         try:
-            for _ in range(self._reads(self._socket.fileno())):
+            for _ in range(self._reads(self._socket.fd)):
                 datagrams, size, source = receive()
                 take(datagrams, size, source, moment, inbox)
                 if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
@@ -364,10 +363,10 @@ class ServerLoop(Loop):
             self._deliver()
 
     def _send(self) -> None:
-        for transmit in self._role.transmits():
-            refused, why = self._socket.send(transmit.to, transmit.data, transmit.size)
+        for to, data, size in self._role.transmits():
+            refused, why = self._socket.send(to, data, size)
             if refused:
-                self._role.not_sent(transmit.to, refused, refused * transmit.size, why)
+                self._role.not_sent(to, refused, refused * size, why)
 
     def close_sockets(self) -> None:
         """Close the socket."""
@@ -395,7 +394,9 @@ class ClientLoop(Loop):
     def _tun_ready(self, moment: float) -> None:
         frames = self._read_tun()
         if frames:
-            self._look_at_queues(moment)
+            for number, sock in self._sockets.items():
+                if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
+                    sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
             self._role.send(frames, moment, self._inbox)
             self._send()
             if self._inbox:
@@ -403,23 +404,17 @@ class ClientLoop(Loop):
 
     def _send(self) -> None:
         sockets = self._sockets
-        for transmit in self._role.transmits():
-            sock = sockets.get(transmit.to)
+        for to, data, size in self._role.transmits():
+            sock = sockets.get(to)
             if sock is None:
                 continue
-            refused, why = sock.send(transmit.data, transmit.size)
+            refused, why = sock.send(data, size)
             if refused:
-                self._role.not_sent(transmit.to, refused, refused * transmit.size, why, now())
-
-    def _look_at_queues(self, moment: float) -> None:
-        """Tell what waits in the sockets of the paths, where so much went that it matters."""
-        for number, sock in self._sockets.items():
-            if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
-                sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
+                self._role.not_sent(to, refused, refused * size, why, now())
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]
-        fd, receive, take, inbox = sock.fileno(), sock.receive, self._role.receive, self._inbox
+        fd, receive, take, inbox = sock.fd, sock.receive, self._role.receive, self._inbox
 
         def ready(moment: float) -> None:
             try:

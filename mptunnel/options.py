@@ -177,38 +177,29 @@ def _common(given: Given) -> dict[str, Any]:
     if given.get("script") == "none":
         values["no_script"] = True
     elif "script" in given:
-        values["script"] = _script(Path(given["script"]))
+        values["script"] = _file("--script", Path(given["script"]), "give a file, or 'none'")
     if "on_event" in given:
-        values["on_event"] = _program(Path(given["on_event"]))
+        values["on_event"] = _program("--on-event", Path(given["on_event"]))
     return values
 
 
-def _script(path: Path) -> Path:
-    """Return the script's absolute path. Raises ConfigError where there is none."""
+def _file(option: str, path: Path, advice: str) -> Path:
+    """Return the absolute path of a file that an option names. Raises ConfigError, with advice, where there is none."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise ConfigError(
-            f"--script {path}: {(error.strerror or str(error)).lower()}; give a file, or 'none'"
-        ) from None
+        raise ConfigError(f"{option} {path}: {(error.strerror or str(error)).lower()}; {advice}") from None
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"--script {path}: not a file; give a file, or 'none'")
+        raise ConfigError(f"{option} {path}: not a file; {advice}")
     return path.absolute()
 
 
-def _program(path: Path) -> Path:
-    """Return the absolute path of a program. Raises ConfigError where it cannot be run."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ConfigError(
-            f"--on-event {path}: {(error.strerror or str(error)).lower()}; give a program's path"
-        ) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"--on-event {path}: not a file; give a program's path")
-    if not os.access(path, os.X_OK):
-        raise ConfigError(f"--on-event {path}: cannot be executed; chmod +x {path}")
-    return path.absolute()
+def _program(option: str, path: Path) -> Path:
+    """Return the absolute path of a program that an option names. Raises ConfigError where it cannot be run."""
+    program = _file(option, path, "give a program's path")
+    if not os.access(program, os.X_OK):
+        raise ConfigError(f"{option} {path}: cannot be executed; chmod +x {path}")
+    return program
 
 
 def _server(given: Given, labels: Labels, file: WireGuardFile | None) -> tuple[str, int | None]:

@@ -105,9 +105,11 @@ class Server(Role):
         batch: list[Buffer] = []
         peer: ClientPeer | None = None
         for frame in frames:
-            to = self._peer_to(frame[VNET_SIZE:], now)
+            address = destination(frame[VNET_SIZE:]) if len(frame) > VNET_SIZE else b""
+            to = self._peer_at.get(address) or self._peer_to(address, now)
             if to is not peer and batch and peer is not None:
-                self._send_batch(peer, batch, now)
+                peer.send(batch, now, self.out)
+                self._busy.add(peer)
                 batch = []
             peer = to
             if peer is None:
@@ -118,11 +120,8 @@ class Server(Role):
             except BadPacketError:
                 self.drops["malformed frame"] += 1
         if batch and peer is not None:
-            self._send_batch(peer, batch, now)
-
-    def _send_batch(self, peer: ClientPeer, batch: list[Buffer], now: float) -> None:
-        peer.send(batch, now, self.out)
-        self._busy.add(peer)
+            peer.send(batch, now, self.out)
+            self._busy.add(peer)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
@@ -185,14 +184,7 @@ class Server(Role):
 
     # -- peers -----------------------------------------------------------------------------------------
 
-    def _peer_to(self, packet: Buffer, now: float) -> ClientPeer | None:
-        try:
-            address = destination(packet)
-        except IndexError:
-            return None
-        known = self._peer_at.get(address)
-        if known is not None:
-            return known
+    def _peer_to(self, address: bytes, now: float) -> ClientPeer | None:
         public = self.register.key_at(address)
         peer = None if public is None else self._peer_of(public, now)
         if peer is not None:

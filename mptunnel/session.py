@@ -52,6 +52,16 @@ _COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(PADDING)
 
 
+class Refused(enum.IntEnum):
+    """Why a datagram that came alone brought nothing."""
+
+    REPEATED = enum.auto()  # another path, or this one, has delivered it
+    CREDITED = enum.auto()  # another path has delivered it, and it is news that this one did too
+    LATE = enum.auto()  # it is below the window, so nobody knows
+    BAD = enum.auto()  # it is not authentic
+    EXPIRED = enum.auto()  # its key is too old
+
+
 class ReplayWindow:
     """The last 2^17 counters: which of them came in, by which path first, by which paths at all."""
 
@@ -68,6 +78,18 @@ class ReplayWindow:
         if counter > self.top:
             return True
         return counter > self.top - self.width and not self._first[counter & _MASK]
+
+    def refuses(self, counter: int, path: int | None) -> Refused | None:
+        """Return why a counter up to `top` is not wanted, None if it is; a seen one is credited to the path."""
+        if counter <= self.top - self.width:
+            return Refused.LATE
+        at = counter & _MASK
+        if not self._first[at]:
+            return None
+        if path is None or self._paths[at] & 1 << path:
+            return Refused.REPEATED
+        self._paths[at] |= 1 << path
+        return Refused.CREDITED
 
     def mark(self, counter: int, path: int | None = None) -> None:
         """Remember an authenticated counter, and the path that brought it first."""
@@ -141,16 +163,6 @@ class ReplayWindow:
         for low, high in _spans(first, last - first + 1):
             self._first[low:high] = bytes(high - low)
             self._paths[low:high] = bytes(high - low)
-
-
-class Refused(enum.IntEnum):
-    """Why a datagram that came alone brought nothing."""
-
-    REPEATED = enum.auto()  # another path, or this one, has delivered it
-    CREDITED = enum.auto()  # another path has delivered it, and it is news that this one did too
-    LATE = enum.auto()  # it is below the window, so nobody knows
-    BAD = enum.auto()  # it is not authentic
-    EXPIRED = enum.auto()  # its key is too old
 
 
 class Opened:
@@ -259,10 +271,8 @@ class Session:
         if now - self.created_at >= REJECT_AFTER_TIME or self.counter >= REJECT_AFTER_MESSAGES:
             return Refused.EXPIRED
         window = self.window
-        if counter <= window.top and not window.is_fresh(counter):
-            if counter <= window.top - window.width:
-                return Refused.LATE
-            return Refused.CREDITED if path is not None and window.credit(counter, path) else Refused.REPEATED
+        if counter <= window.top and (refused := window.refuses(counter, path)) is not None:
+            return refused
         try:
             plain = self._open.decrypt(_NONCE.pack(counter), datagram[HEADER_SIZE:], None)
         except InvalidTag:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptunnel import __version__
 from mptunnel.config import encode_key
+from mptunnel.events import host_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -75,8 +76,3 @@ def path_status(path: ClientPath, peer: ServerPeer, now: float) -> dict[str, Any
         "alone": {"up": peer.told.path_status(path.id, now), "down": receipts.path_status(path.id, now)},
         "mtu": path.carries or None,
     }
-
-
-def host_port(host: str, port: int) -> str:
-    """Return an address and a port as people write them."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

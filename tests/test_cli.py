@@ -7,11 +7,9 @@ import io
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
-import threading
 from ipaddress import IPv4Address, ip_interface
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +29,10 @@ from mptunnel.config import (
     parse_wireguard,
     public_key,
 )
-from mptunnel.control import ControlServer, Listening
+from mptunnel.control import Listening
 from mptunnel.errors import NotRunningError, RefusedError
 from mptunnel.state import StateDir
+from tests.answers import answering
 from tests.running import wait_until
 
 if TYPE_CHECKING:
@@ -82,27 +81,9 @@ def places(tmp_path: Path) -> list[str]:
     return ["--state-dir", str(tmp_path / "state"), "--run-dir", str(tmp_path / "run")]
 
 
-@contextlib.contextmanager
-def listening(path: Path, answers: dict[str, Any]) -> Iterator[None]:
-    """Answer on a control socket, in a thread."""
-    path.parent.mkdir(exist_ok=True)
-    server = ControlServer(path, lambda verb, _: answers[verb])
-    stop = threading.Event()
-
-    def serve() -> None:
-        while not stop.is_set():
-            readable, writable, _ = select.select(server.readers(), server.writers(), [], 0.005)
-            for fd in {*readable, *writable}:
-                server.ready(fd, 0.0)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        server.close()
+def listening(path: Path, answers: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Answer on a control socket."""
+    return answering(path, lambda verb, _: answers[verb])
 
 
 def _links(process: int) -> list[str]:

@@ -107,6 +107,16 @@ def stands(tunnel: Tunnel, number: int, interface: str, address: str) -> bool:
     return [rule["src"] for rule in rules] == [address] and [route["dev"] for route in routes] == [interface]
 
 
+def wait_put_right(tunnel: Tunnel) -> None:
+    """Wait until both paths have their rules and tables again."""
+    addresses = {number: tunnel.lab.client_address(number + 1) for number in (0, 1)}
+    wait_until(
+        lambda: all(stands(tunnel, number, f"p{number + 1}", addresses[number]) for number in (0, 1)),
+        "our rules and tables are there again",
+        BACK_WITHIN,
+    )
+
+
 def check_whole(what: str, flows: tuple[Flow, Flow]) -> None:
     note_flows(what, *flows)
     for flow in flows:
@@ -157,12 +167,7 @@ def test_what_another_program_removes_of_our_paths_is_there_again_at_once(make_t
     until(datagrams.begun + 0.5)
     begun = time.monotonic()
     tunnel.lab.ip("cl", *REMOVALS[removal])
-    addresses = {number: tunnel.lab.client_address(number + 1) for number in (0, 1)}
-    wait_until(
-        lambda: all(stands(tunnel, number, f"p{number + 1}", addresses[number]) for number in (0, 1)),
-        "rules and tables are there again",
-        BACK_WITHIN,
-    )
+    wait_put_right(tunnel)
     note(f"{removal}: there again after {time.monotonic() - begun:.2f} s")
     check_whole(removal, datagrams.finish())
     assert tunnel.log("cl").count("rules, routes or addresses of ours are gone") <= 2  # once for each path
@@ -176,12 +181,7 @@ def test_a_flush_of_all_rules_is_put_right(make_tunnel: Maker) -> None:
     known = ["rule add priority 32766 lookup main", "rule add priority 32767 lookup default"]
     tunnel.lab.ip("cl", "rule flush", *known)
     begun = time.monotonic()
-    addresses = {number: tunnel.lab.client_address(number + 1) for number in (0, 1)}
-    wait_until(
-        lambda: all(stands(tunnel, number, f"p{number + 1}", addresses[number]) for number in (0, 1)),
-        "our rules are there again",
-        BACK_WITHIN,
-    )
+    wait_put_right(tunnel)
     note(f"flush: there again after {time.monotonic() - begun:.2f} s")
     flows = datagrams.finish()
     note_flows("flush of all rules", *flows)

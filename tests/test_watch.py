@@ -8,26 +8,23 @@ import fcntl
 import io
 import os
 import pty
-import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
-from mptunnel.control import ControlServer
 from mptunnel.errors import HostError
 from mptunnel.watch import Rates, draw, picture
+from tests.answers import answering
 from tests.running import wait_until
 from tests.test_report import CLIENT, SERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from rich.console import RenderableType
@@ -134,31 +131,15 @@ def test_rates_are_taken_over_two_seconds_and_begin_anew_with_another_run() -> N
     assert rates.of("", 7, "up") is None
 
 
-@contextlib.contextmanager
-def program(run_dir: Path, answer: Any = CLIENT) -> Iterator[None]:
-    """Answer as a running instance, in a thread."""
+def program(run_dir: Path, answer: Any = CLIENT) -> contextlib.AbstractContextManager[None]:
+    """Answer as a running instance."""
 
     def handle(_verb: str, _arguments: dict[str, Any]) -> object:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    server, stop = ControlServer(run_dir / "mpt0.sock", handle), threading.Event()
-
-    def serve() -> None:
-        while not stop.is_set():
-            readable, writable, _ = select.select(server.readers(), server.writers(), [], 0.005)
-            for fd in {*readable, *writable}:
-                server.ready(fd, 0.0)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        server.close()
+    return answering(run_dir / "mpt0.sock", handle)
 
 
 @pytest.mark.parametrize("device", [None, "mpt0"])
