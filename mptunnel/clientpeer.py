@@ -297,6 +297,7 @@ class ClientPeer(Peer):
             now,
             probe.path if path.endpoint == source else None,
             probe.interval_ms / 1e3,
+            self._paths_in_use(),
         )
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         if path.endpoint != source:

@@ -19,7 +19,7 @@ one again after 1, 2 and 4 s. Its counts are since the account began, so what is
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mptunnel.gaps import ALL, INF, IS_DATA, Gaps
 from mptunnel.history import History, path_status, receipt_status
@@ -34,19 +34,31 @@ if TYPE_CHECKING:
 SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
 IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
+_ALL_PATHS = (1 << MAX_PATHS) - 1
 PAUSES: Final = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
+
+
+class _Mark(NamedTuple):
+    """The sender had sealed `packets` before `counter`; accounted for when it is `due`."""
+
+    due: float
+    session: Session
+    counter: int
+    packets: int
+    in_use: int
 
 
 class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "first",
-        "gaps", "history", "lost", "missed", "packets", "received", "saved",
+        "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "_used",
+        "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, Session, int, int]] = deque()
+        self._marks: deque[_Mark] = deque()
+        self._used = _ALL_PATHS  # those in use at the last mark settled: one that joins is expected from the next on
         self._newest = (-1, -1)  # session and counter of the last mark
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
@@ -91,10 +103,11 @@ class Receipts:
         now: float,
         path: int | None = None,
         interval: float = 0.0,
+        in_use: int = _ALL_PATHS,
     ) -> float:
         """The sender has sealed `packets` (modulo 2^32) before `counter`; return when `settle` should be called.
 
-        The mark came by `path`, where the next one is due in `interval` seconds.
+        The mark came by `path`, where the next one is due in `interval` seconds; `in_use` has a bit for each path.
         """
         is_newer = (session.serial, counter) > self._newest
         if is_newer:
@@ -105,31 +118,35 @@ class Receipts:
             if interval > IN_USE_INTERVAL:
                 self.gaps.idle()
         if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
-            self._marks.append((now + SETTLE_AFTER, session, counter, packets))
+            self._marks.append(_Mark(now + SETTLE_AFTER, session, counter, packets, in_use))
         if not self._marks:
             return INF
-        return now if _is_crowded(self._marks[0][1]) else self._marks[0][0]
+        return now if _is_crowded(self._marks[0].session) else self._marks[0].due
 
     def settle(self, in_use: int, now: float) -> float:
-        """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again."""
+        """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again.
+
+        A path is held to account for what was sealed between two marks at which it was in use.
+        """
         self._in_use = in_use
         self.history.step(self.account, now)
-        while self._marks and (self._marks[0][0] <= now or _is_crowded(self._marks[0][1])):
-            due, session, counter, packets = self._marks.popleft()
+        while self._marks and (self._marks[0].due <= now or _is_crowded(self._marks[0].session)):
+            due, session, counter, packets, used_then = self._marks.popleft()
+            used, self._used = in_use & used_then & self._used, used_then
             for older in self._sessions.values():
                 if older.serial < session.serial:  # whose last data was sealed before this mark too
-                    self._settle_window(older, older.window.top, in_use)
-            self._settle_window(session, counter, in_use)
+                    self._settle_window(older, older.window.top, used)
+            self._settle_window(session, counter, used)
             if self._count is None:
                 self.packets = self.received  # our account begins here
             else:
                 self.packets += (packets - self._count) % (1 << 32)
             self._count = packets
             lost = max(0, self.packets - self.received)
-            self.gaps.settled(session, counter, in_use, due - SETTLE_AFTER, has_loss=lost > self.lost)
+            self.gaps.settled(session, counter, used, due - SETTLE_AFTER, has_loss=lost > self.lost)
             self.lost = lost
         self._note_gaps(now)
-        return self._marks[0][0] if self._marks else INF
+        return self._marks[0].due if self._marks else INF
 
     # -- what is said of it ----------------------------------------------------------------------------
 
@@ -184,6 +201,7 @@ class Receipts:
         """Another path has got this number; only what is on its way now may still count for it."""
         self.first[path] = self.missed[path] = 0
         self._said_by.pop(path, None)
+        self._marks = deque(mark._replace(in_use=mark.in_use & ~(1 << path)) for mark in self._marks)
         self.gaps.forget(path)
         self.history.forget(path)
 
@@ -198,7 +216,7 @@ class Receipts:
         self._settle_window(session, session.window.top, in_use)
         self.gaps.retire(session)
         self._sessions.pop(session.serial, None)
-        self._marks = deque(mark for mark in self._marks if mark[1] is not session)
+        self._marks = deque(mark for mark in self._marks if mark.session is not session)
 
     def _count_late(self, late: int, path: int | None) -> None:
         """So many packets that were accounted for as lost have come after all, by `path` only."""

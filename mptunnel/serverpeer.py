@@ -524,7 +524,7 @@ class ServerPeer(Peer):
             self.identity.drops["echo for another path"] += 1
             return
         interval = PROBE_INTERVAL if self.in_use(now) else self._idle_probe
-        settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval)
+        settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval, self._paths_in_use())
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)
         if echo.is_unasked:

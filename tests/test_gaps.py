@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mptunnel.config import ClientSettings
 from mptunnel.messages import Control
 from mptunnel.records import Fields
 from mptunnel.timers import Timer
@@ -402,3 +403,18 @@ def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> N
             got = said(net, side, at)
             assert 380 <= got["packets"] <= 400, f"{at} {side}"
             assert got["lost"] == 0
+
+
+def test_a_path_that_joins_in_mid_traffic_owes_nothing_that_was_sealed_before() -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.03), settings=ClientSettings(server="sim.example", interfaces=("w0",)))
+    net.run(3.0)
+    net.after(5.0, lambda: net.client.control("paths-add", Fields({"uplink": "w1"}, "paths-add"), net.now))
+    speak(net, 10.0)
+    net.run(6.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            joined = said(net, side, at)["paths"][1]
+            assert joined["first"] == 0
+            assert joined["missed"] <= 1, f"{at}, {side}"  # it joined between two packets
+            assert joined["longest_gap_ms"] < 50, f"{at}, {side}"
+            assert joined["outages_bridged"] == 0
