@@ -17,6 +17,7 @@ with "no route", so that applications turn to IPv4 at once instead of leaking.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -76,6 +77,7 @@ JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
+LONG_AGO: Final = 1735689600  # s since 1970, the beginning of 2025: a clock that shows less was never set
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
 
 _REFUSALS: dict[int, str] = {
@@ -509,6 +511,12 @@ class Client(Role):
             return f"the name {self._settings.server} does not resolve to an address"
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
+        if self.identity.timestamps.last < LONG_AGO * 10**9:
+            today = time.strftime("%Y-%m-%d", time.gmtime(self.identity.timestamps.last / 1e9))
+            return (
+                f"{self._membership_name()} does not answer, and this host's clock shows {today}: a server takes no "
+                "handshake that is older than the last one it took; set the clock"
+            )
         return (
             f"{self._membership_name()} does not answer on any path: is mptunnel running there, is UDP port "
             f"{self._settings.port} open in its firewall, and does it know our key ({key_short(self.key.public)})?"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
+MAX_REFUSED: Final = 256  # endpoints remembered
 REFUSAL_SPACING: Final = 1.0  # a thief of a token must not fill the log
 
 
@@ -84,6 +85,7 @@ class Server(Role):
         self.port = port
         self._offer = offer
         self._peers: dict[bytes, ClientPeer] = {}
+        self._refused: dict[Endpoint, ClientPeer] = {}  # whose they are that the kernel sent nothing to
         self._peer_at: dict[bytes, ClientPeer] = {}  # by packed address, once something has gone there
         self._joiners: dict[bytes, JoinPeer] = {}
         self._heap: list[tuple[float, int, Peer]] = []
@@ -144,11 +146,15 @@ class Server(Role):
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
         """The kernel refused datagrams: that is the affair of the path they were for."""
         self.drops[f"not sent: {why}"] += datagrams
-        for peer in self._peers.values():
-            path = peer.sources.get(to)
-            if path is not None:
-                path.not_sent(datagrams, size, why)
+        peer = self._refused.get(to)
+        if peer is None or to not in peer.sources:
+            peer = next((each for each in self._peers.values() if to in each.sources), None)
+            if peer is None:
                 return
+            if len(self._refused) >= MAX_REFUSED:
+                self._refused.clear()
+            self._refused[to] = peer
+        peer.sources[to].not_sent(datagrams, size, why)
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
@@ -341,6 +347,7 @@ class Server(Role):
         record, save = self.register.remove(name, now)
         peer = self._peers.pop(record.public_key, None)
         self._peer_at.clear()
+        self._refused.clear()
         if peer is not None:
             peer.close(CloseReason.NOT_ADMITTED, now, self.out)
             peer.gone("it is removed", now)

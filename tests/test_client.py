@@ -561,6 +561,13 @@ def test_a_server_that_does_not_answer_is_warned_of_once(
     assert len([text for text in said if words in text]) == 1
 
 
+def test_a_clock_that_was_never_set_is_named_as_the_likely_cause(caplog: pytest.LogCaptureFixture) -> None:
+    net = Simnet(Wire(is_cut=True), wall=86400.0)
+    net.run(60.0)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len([text for text in said if "this host's clock shows 1970-01-02" in text]) == 1
+
+
 def test_a_clean_stop_says_goodbye_on_every_path() -> None:
     net = Simnet(Wire(), Wire())
     net.run(3.0)

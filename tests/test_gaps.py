@@ -408,7 +408,11 @@ def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> N
 def test_a_path_that_joins_in_mid_traffic_owes_nothing_that_was_sealed_before() -> None:
     net = Simnet(Wire(delay=0.02), Wire(delay=0.03), settings=ClientSettings(server="sim.example", interfaces=("w0",)))
     net.run(3.0)
-    net.after(5.0, lambda: net.client.control("paths-add", Fields({"uplink": "w1"}, "paths-add"), net.now))
+
+    def join() -> None:
+        net.client.control("paths-add", Fields({"uplink": "w1"}, "paths-add"), net.now)
+
+    net.after(5.0, join)
     speak(net, 10.0)
     net.run(6.0)
     for side in SIDES:

@@ -219,9 +219,14 @@ def test_what_the_kernel_refuses_is_counted_on_the_path_it_was_for() -> None:
     tx = path.tx
     net.server.not_sent(net.source(1), 3, 300, "ENOBUFS")
     net.server.not_sent(stranger(), 1, 100, "ENOBUFS")
-    assert path.errors == {"ENOBUFS": 1}
-    assert path.tx == tx - 3
-    assert net.server.drops["not sent: ENOBUFS"] == 4
+    net.server.not_sent(net.source(1), 2, 200, "ENOBUFS")
+    assert path.errors == {"ENOBUFS": 2}
+    assert path.tx == tx - 5
+    assert net.server.drops["not sent: ENOBUFS"] == 6
+    net.flush_nat(1)
+    net.run(3.0)
+    net.server.not_sent(net.source(1), 1, 100, "ENOBUFS")  # the same path, elsewhere
+    assert path.errors == {"ENOBUFS": 3}
 
 
 # -- HELLO's consequences on the host --------------------------------------------------------------------------------
