@@ -482,7 +482,7 @@ class Client(Role):
             return
         if not self._has_warned and now >= self._state_at + WARN_AFTER:
             self._has_warned = True
-            log.warning("%s; trying for ever", self._why_silent())
+            log.warning("%s; trying for ever", self._why_silent(now))
         if len(self._servers.known) > 1 and now - max(self._servers.turned_at, self._state_at) > SILENT_AFTER:
             self._next_server(now)
         for path in self.paths.values():
@@ -506,13 +506,13 @@ class Client(Role):
             is_up = is_up or any(path.state is PathState.PROBING for path in paths)
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")
 
-    def _why_silent(self) -> str:
+    def _why_silent(self, now: float) -> str:
         if not self._servers.known:
             return f"the name {self._settings.server} does not resolve to an address"
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
         if self.identity.timestamps.last < LONG_AGO * 10**9:
-            today = time.strftime("%Y-%m-%d", time.gmtime(self.identity.timestamps.last / 1e9))
+            today = time.strftime("%Y-%m-%d", time.gmtime(now + self.identity.timestamps.offset))
             return (
                 f"{self._membership_name()} does not answer, and this host's clock shows {today}: a server takes no "
                 "handshake that is older than the last one it took; set the clock"
