@@ -169,7 +169,7 @@ class Peer:
         self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
         self._sends_short_until = -INF  # when they must be decided anew
         self._unbooked: list[Callable[[], float]] = []  # what went the short way in this turn
-        self.has_news = False  # whether anything else has happened since it was asked last
+        self._has_news = False  # whether anything else has happened since it was asked last
         self._takes_short_until = -INF  # when what comes in must be looked at anew
 
     # -- sending ---------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ class Peer:
                 out.append(_new_tuple(Transmit, (to, datagram, size)))
             self._unbooked.append(partial(self._book_sent, self._ways, size, len(packets[0]), now))
         else:
-            self.book()
-            self.has_news = True
+            self._book()
+            self._has_news = True
             self._send_batch(packets, now, out)
 
     def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
@@ -232,18 +232,18 @@ class Peer:
 
     # -- the short way ---------------------------------------------------------------------------------
 
-    def book(self) -> bool:
-        """Enter in the books what has gone the short way: first it goes on, at the end of the turn it is counted.
+    def finish_turn(self) -> bool:
+        """Count what has gone the short way; return whether there is news, or a deadline before `scheduled_at`."""
+        self._book()
+        has_news, self._has_news = self._has_news, False
+        return has_news
 
-        Returns whether there is news, or a deadline before `scheduled_at`.
-        """
-        due = INF
-        if self._unbooked:
-            for entry in self._unbooked:
-                due = min(due, entry())
-            self._unbooked.clear()
-        has_news, self.has_news = self.has_news, False
-        return has_news or due < self.scheduled_at
+    def _book(self) -> None:
+        """Enter in the books what has gone the short way: it goes on first, and is counted when there is time."""
+        for entry in self._unbooked:
+            if entry() < self.scheduled_at:
+                self._has_news = True
+        self._unbooked.clear()
 
     def _book_sent(self, ways: Sequence[tuple[Path, Any]], size: int, length: int, now: float) -> float:
         """A packet of `length` bytes went out in datagrams of `size` bytes; return the deadline that this sets."""
@@ -312,7 +312,7 @@ class Peer:
 
         Returns whether anything new and authentic was among them.
         """
-        self.book()
+        self._book()
         path, data_before = self.sources.get(source), self.data_at
         opened = session.open(datagrams, size, None if path is None else path.id, now)
         new = len(opened.plain)
@@ -327,7 +327,7 @@ class Peer:
                 self.receipts.gaps.came((path.id,), session, opened.low, opened.high, now)
         if not new:
             return False
-        self.has_news = True
+        self._has_news = True
         self._authenticated(session, source, now, out)
         alike = self._take_alike(opened.plain, inbox) if new > 1 else 0
         data = list(opened.counters[:alike])
@@ -373,8 +373,8 @@ class Peer:
                 inbox.append(plain if length == len(plain) else plain[:length])
                 self._unbooked.append(partial(self._book_received, session, counter, path, size, length, now))
                 return True
-        self.book()
-        self.has_news = True
+        self._book()
+        self._has_news = True
         if path is not None:
             path.received(1, size, size)
         self._take_one(session, counter, plain, source, path, size, now, inbox, out)
@@ -625,6 +625,7 @@ class Peer:
 
     def _drop(self, session: Session | None) -> None:
         if session is not None:
+            self._book()
             self.look_again()
             self.identity.indices.drop(session.local_index)
             self.receipts.retire(session, self._paths_in_use())
@@ -645,7 +646,7 @@ class Peer:
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
-        self.book()
+        self._book()
         return self.timers.next_deadline()
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:

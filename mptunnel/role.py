@@ -131,7 +131,7 @@ class Role:
         if self._busy:
             busy, self._busy = self._busy, set()
             for peer in busy:
-                if peer.book():
+                if peer.finish_turn():
                     self._after(peer, now)
         if not self._handshakes:
             return
