@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READS_PER_TURN: Final = 64
+LONELY: Final = 2  # turns without a pause that a packet, its copy and its answer may take: no reason to read on
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 NICE: Final = -10  # a packet waits for nobody's computations; sched(7), nice is of a thread
@@ -55,6 +56,7 @@ LOOKS_SPAN: Final = 2.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: two full datagrams
+PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 _NOTHING: list[int] = []
 
 
@@ -89,8 +91,8 @@ class Loop:
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
         self._own_due = 0.0  # when we have to do something that is not the role's; at `_wall_at` at the latest
-        self._ready: list[int] = []  # in the last turn
-        self._ready_before: list[int] = []  # in the one before
+        self._streak = 0  # turns since select had to wait
+        self._most = 1  # reads of one descriptor in this turn: what comes alone goes on, and the next look is select's
         self._is_stopping = False
         self._error: MptunnelError | None = None
 
@@ -128,16 +130,18 @@ class Loop:
             readers, writers = readers + control.readers(), control.writers()
             readers.remove(control.fileno())
             own_due = min(own_due, control.next_deadline())
-        wait = min(due, own_due) - clock_gettime(CLOCK_BOOTTIME)
-        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, wait), LONGEST_WAIT))
+        before = clock_gettime(CLOCK_BOOTTIME)
+        wait = min(max(0.0, min(due, own_due) - before), LONGEST_WAIT)
+        ready, writable, _ = select.select(readers, writers, _NOTHING, wait)
         moment = clock_gettime(CLOCK_BOOTTIME)
+        self._streak = 0 if moment - before > PAUSE else self._streak + 1
+        self._most = READS_PER_TURN if self._streak > LONELY else 1
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is not None:
                 handler(moment)
             elif control is not None:
                 control.ready(fd, moment)
-        self._ready_before, self._ready = self._ready, ready
         for fd in writable:
             if control is not None:
                 control.ready(fd, moment)
@@ -156,13 +160,6 @@ class Loop:
             for event in events:
                 self._take_up(event, moment)
             self._send()
-
-    def _reads(self, fd: int) -> int:
-        """Return how often a descriptor that is ready may be read in this turn.
-
-        Once, if it was not ready in both turns before: so what comes alone goes on, and the next look is select's.
-        """
-        return READS_PER_TURN if fd in self._ready and fd in self._ready_before else 1
 
     def _own_work(self, moment: float) -> None:
         if moment >= self._wall_at:
@@ -195,9 +192,9 @@ class Loop:
             self._role.drops["refused by the device"] += refused
 
     def _read_tun(self) -> list[memoryview]:
-        """Return frames from the device; one that came alone goes on before we look whether there are more."""
+        """Return frames from the device."""
         try:
-            return self._tun.read(self._reads(self._tun.fd))
+            return self._tun.read(self._most)
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -350,7 +347,7 @@ class ServerLoop(Loop):
     def _socket_ready(self, moment: float) -> None:
         receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
         try:
-            for _ in range(self._reads(self._socket.fd)):
+            for _ in range(self._most):
                 datagrams, size, source = receive()
                 take(datagrams, size, source, moment, inbox)
                 if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
@@ -414,11 +411,11 @@ class ClientLoop(Loop):
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]
-        fd, receive, take, inbox = sock.fd, sock.receive, self._role.receive, self._inbox
+        receive, take, inbox = sock.receive, self._role.receive, self._inbox
 
         def ready(moment: float) -> None:
             try:
-                for _ in range(self._reads(fd)):
+                for _ in range(self._most):
                     datagrams, size = receive()
                     take(datagrams, size, number, moment, inbox)
                     if inbox and (len(datagrams) == size or len(inbox) >= INBOX):

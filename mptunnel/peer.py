@@ -368,8 +368,12 @@ class Peer:
             self.identity.drops[_DROPS[plain]] += 1
             return False
         if now < self._takes_short_until and session is self.current and len(plain) >= IPV4_HEADER:
-            length = plain[2] << 8 | plain[3] if plain[0] == PLAIN_IPV4 else 0
-            if IPV4_HEADER <= length <= len(plain) and (self.allowed is None or plain[12:16] in self.allowed):
+            least, length, its_source = IPV4_HEADER, 0, b""
+            if plain[0] == PLAIN_IPV4:
+                length, its_source = plain[2] << 8 | plain[3], plain[12:16]
+            elif plain[0] >> 4 == 6:
+                least, length, its_source = IPV6_HEADER, (plain[4] << 8 | plain[5]) + IPV6_HEADER, plain[8:24]
+            if least <= length <= len(plain) and (self.allowed is None or its_source in self.allowed):
                 inbox.append(plain if length == len(plain) else plain[:length])
                 self._unbooked.append(partial(self._book_received, session, counter, path, size, length, now))
                 return True

