@@ -17,7 +17,6 @@ with "no route", so that applications turn to IPv4 at once instead of leaking.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,7 +44,7 @@ from mptunnel.events import (
     Stop,
 )
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
-from mptunnel.packet import IPV6_HEADER, MIN_MTU, VNET_SIZE, no_route6, split
+from mptunnel.packet import GSO_TYPE, IPV6_HEADER, LEAST_FRAME, MIN_MTU, PLAIN_IPV4, VNET_SIZE, no_route6, split
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job
     from mptunnel.packet import Buffer
+    from mptunnel.path import Path
     from mptunnel.peer import Peer
     from mptunnel.upkeep import Picture
 
@@ -77,6 +77,7 @@ JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
+YEAR: Final = 365.2425 * 86400  # s
 LONG_AGO: Final = 1735689600  # s since 1970, the beginning of 2025: a clock that shows less was never set
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
 
@@ -268,6 +269,19 @@ class Client(Role):
         if packets and self._membership.token is None:
             self._peer.send(packets, now, self.out)
             self._busy.add(self._peer)
+
+    def send_one(self, frame: memoryview, now: float) -> tuple[bytes, Sequence[tuple[Path, int]]] | None:
+        """Seal the packet of a frame that came alone; return the datagram and the paths, None if `send` has to do it.
+
+        It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
+        """
+        peer = self._peer
+        if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4 or self._meter is not None:
+            return None
+        if now >= peer.short_until or not peer.takes_partial:
+            return None
+        self._busy.add(peer)
+        return peer.seal_one(frame[VNET_SIZE:], now)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
@@ -512,10 +526,10 @@ class Client(Role):
         if not any(path.is_open for path in self.paths.values()):
             return "no path is there: every uplink is missing, down or without address"
         if self.identity.timestamps.last < LONG_AGO * 10**9:
-            today = time.strftime("%Y-%m-%d", time.gmtime(now + self.identity.timestamps.offset))
+            year = 1970 + int((now + self.identity.timestamps.offset) / YEAR)
             return (
-                f"{self._membership_name()} does not answer, and this host's clock shows {today}: a server takes no "
-                "handshake that is older than the last one it took; set the clock"
+                f"{self._membership_name()} does not answer, and this host's clock shows the year {year}: a server "
+                "takes no handshake that is older than the last one it took; set the clock"
             )
         return (
             f"{self._membership_name()} does not answer on any path: is mptunnel running there, is UDP port "

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mptunnel.client import Client
     from mptunnel.config import Settings
-    from mptunnel.events import Event, Job
+    from mptunnel.events import Endpoint, Event, Job
     from mptunnel.packet import Buffer
     from mptunnel.server import Server
     from mptunnel.state import StateDir
@@ -340,7 +340,11 @@ class ServerLoop(Loop):
 
     def _tun_ready(self, moment: float) -> None:
         frames = self._read_tun()
-        if frames:
+        if len(frames) == 1 and (sealed := self._role.send_one(frames[0], moment)) is not None:
+            datagram, ways = sealed
+            for _, to in ways:
+                self._hand_over(to, datagram, len(datagram))
+        elif frames:
             self._role.send(frames, moment)
             self._send()
 
@@ -361,9 +365,12 @@ class ServerLoop(Loop):
 
     def _send(self) -> None:
         for to, data, size in self._role.transmits():
-            refused, why = self._socket.send(to, data, size)
-            if refused:
-                self._role.not_sent(to, refused, refused * size, why)
+            self._hand_over(to, data, size)
+
+    def _hand_over(self, to: Endpoint, data: bytes | memoryview, size: int) -> None:
+        refused, why = self._socket.send(to, data, size)
+        if refused:
+            self._role.not_sent(to, refused, refused * size, why)
 
     def close_sockets(self) -> None:
         """Close the socket."""
@@ -390,24 +397,34 @@ class ClientLoop(Loop):
 
     def _tun_ready(self, moment: float) -> None:
         frames = self._read_tun()
-        if frames:
-            for number, sock in self._sockets.items():
-                if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
-                    sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
+        if len(frames) == 1 and (sealed := self._role.send_one(frames[0], moment)) is not None:
+            datagram, ways = sealed
+            for _, to in ways:
+                self._hand_over(to, datagram, len(datagram))
+            self._look_at_queues(moment)
+        elif frames:
+            self._look_at_queues(moment)
             self._role.send(frames, moment, self._inbox)
             self._send()
             if self._inbox:
                 self._deliver()
 
     def _send(self) -> None:
-        sockets = self._sockets
         for to, data, size in self._role.transmits():
-            sock = sockets.get(to)
-            if sock is None:
-                continue
+            self._hand_over(to, data, size)
+
+    def _hand_over(self, to: int, data: bytes | memoryview, size: int) -> None:
+        sock = self._sockets.get(to)
+        if sock is not None:
             refused, why = sock.send(data, size)
             if refused:
                 self._role.not_sent(to, refused, refused * size, why, now())
+
+    def _look_at_queues(self, moment: float) -> None:
+        """Tell what waits in the sockets of the paths, where so much went that it matters."""
+        for number, sock in self._sockets.items():
+            if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
+                sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
 
     def _path_ready(self, number: int) -> Callable[[float], None]:
         sock = self._sockets[number]

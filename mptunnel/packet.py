@@ -39,10 +39,12 @@ VNET: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, cs
 VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
 PLAIN_IPV4: Final = 0x45  # the first byte of a header without options
+LEAST_FRAME: Final = VNET_SIZE + IPV4_HEADER
 _ALIKE = {4: struct.Struct(">BxH8x4s"), 6: struct.Struct(">B3xH2x16s")}
 _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
+GSO_TYPE: Final = 1  # where a frame says it
 GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5

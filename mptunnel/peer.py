@@ -66,8 +66,6 @@ _DROPS: Final = {
     Refused.EXPIRED: "key too old",
 }
 
-_new_tuple: Final = tuple.__new__
-
 Owner = tuple["Peer", Session | None]
 
 
@@ -167,7 +165,7 @@ class Peer:
         self._serial = 0
         self._was_renewed_at_its_end = False
         self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
-        self._sends_short_until = -INF  # when they must be decided anew
+        self.short_until = -INF  # when they must be decided anew
         self._unbooked: list[Callable[[], float]] = []  # what went the short way in this turn
         self._has_news = False  # whether anything else has happened since it was asked last
         self._takes_short_until = -INF  # when what comes in must be looked at anew
@@ -176,17 +174,21 @@ class Peer:
 
     def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """Seal IP packets and append what goes on the wire to `out`, or stage them until there is a session."""
-        session = self.current
-        if session is not None and now < self._sends_short_until and len(packets) == 1:
-            datagram = session.seal(packets[0], self.tunnel_mtu or self.mtu)
-            size = len(datagram)
-            for _, to in self._ways:
-                out.append(_new_tuple(Transmit, (to, datagram, size)))
-            self._unbooked.append(partial(self._book_sent, self._ways, size, len(packets[0]), now))
+        if now < self.short_until and len(packets) == 1:
+            datagram, ways = self.seal_one(packets[0], now)
+            out += [Transmit(to, datagram, len(datagram)) for _, to in ways]
         else:
             self._book()
             self._has_news = True
             self._send_batch(packets, now, out)
+
+    def seal_one(self, packet: Buffer, now: float) -> tuple[bytes, list[tuple[Path, Any]]]:
+        """Seal a packet that goes the short way, before `short_until`; return the datagram and where it goes."""
+        session = self.current
+        assert session is not None  # noqa: S101  see `look_again`
+        datagram = session.seal(packet, self.tunnel_mtu or self.mtu)
+        self._unbooked.append(partial(self._book_sent, self._ways, len(datagram), len(packet), now))
+        return datagram, self._ways
 
     def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
         """Do what `send` does, the long way."""
@@ -228,7 +230,7 @@ class Peer:
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
             self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
-            self._sends_short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
+            self.short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
 
     # -- the short way ---------------------------------------------------------------------------------
 
@@ -268,7 +270,7 @@ class Peer:
 
     def look_again(self) -> None:
         """Something has happened: nothing goes the short way before it has been looked at again."""
-        self._sends_short_until = self._takes_short_until = -INF
+        self.short_until = self._takes_short_until = -INF
 
     def _stage(self, packets: Sequence[Buffer]) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED

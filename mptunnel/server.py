@@ -19,7 +19,7 @@ from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import Notice, RunScript, SaveState
 from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult
-from mptunnel.packet import MIN_MTU, VNET_SIZE, destination, split
+from mptunnel.packet import GSO_TYPE, LEAST_FRAME, MIN_MTU, PLAIN_IPV4, VNET_SIZE, destination, split
 from mptunnel.register import Register, Reply
 from mptunnel.role import INF, Role
 
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from mptunnel.config import Fields, Network, PeerRecord, TokenRecord
     from mptunnel.events import Endpoint, Event
     from mptunnel.packet import Buffer
+    from mptunnel.path import Path
     from mptunnel.peer import Peer
     from mptunnel.session import Session
 
 log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
+_DESTINATION: Final = slice(VNET_SIZE + 16, VNET_SIZE + 20)  # of an IPv4 packet, in its frame
 MAX_REFUSED: Final = 256  # endpoints remembered
 REFUSAL_SPACING: Final = 1.0  # a thief of a token must not fill the log
 
@@ -124,6 +126,19 @@ class Server(Role):
         if batch and peer is not None:
             peer.send(batch, now, self.out)
             self._busy.add(peer)
+
+    def send_one(self, frame: memoryview, now: float) -> tuple[bytes, Sequence[tuple[Path, Endpoint]]] | None:
+        """Seal the packet of a frame that came alone; return the datagram and the paths, None if `send` has to do it.
+
+        It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
+        """
+        if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
+            return None
+        peer = self._peer_at.get(bytes(frame[_DESTINATION]))
+        if peer is None or now >= peer.short_until or not peer.takes_partial:
+            return None
+        self._busy.add(peer)
+        return peer.seal_one(frame[VNET_SIZE:], now)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""

@@ -565,7 +565,7 @@ def test_a_clock_that_was_never_set_is_named_as_the_likely_cause(caplog: pytest.
     net = Simnet(Wire(is_cut=True), wall=86400.0)
     net.run(60.0)
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len([text for text in said if "this host's clock shows 1970-01-02" in text]) == 1
+    assert len([text for text in said if "this host's clock shows the year 1970" in text]) == 1
 
 
 def test_a_clean_stop_says_goodbye_on_every_path() -> None:
