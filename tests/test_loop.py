@@ -1,0 +1,159 @@
+"""The one select(): who is read how often, and when it has nothing to wait for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mptunnel import control, loop
+from mptunnel.config import ServerSettings
+from mptunnel.control import MAX_CONNECTIONS
+from mptunnel.errors import HostError
+from mptunnel.loop import LONELY, READS_PER_TURN, ServerLoop
+from mptunnel.packet import PLAIN
+from mptunnel.udp import ServerSocket
+from tests.simnet import TARGET, Simnet, Wire, ipv4
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from mptunnel.packet import Buffer
+
+FRAME = PLAIN + ipv4(TARGET, "10.0.1.99", b"to nobody")
+
+
+class Device:
+    """A device whose packets the test writes; `reads` are how many frames each reading brought."""
+
+    name = "mpt9"
+    takes_tcp = takes_udp = False
+
+    def __init__(self) -> None:
+        self._near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._near.setblocking(False)
+        self.reads: list[tuple[int, int]] = []
+        self.has_gone = False
+
+    def fileno(self) -> int:
+        return self._near.fileno()
+
+    def read(self, most: int) -> list[memoryview]:
+        if self.has_gone:
+            raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
+        frames: list[memoryview] = []
+        try:
+            while len(frames) < most:
+                frames.append(memoryview(self._near.recv(2048)))
+        except BlockingIOError:
+            pass
+        self.reads.append((most, len(frames)))
+        return frames
+
+    def write(self, packets: Sequence[Buffer]) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._near.close()
+        self.far.close()
+
+
+class Turning(ServerLoop):
+    """A server's loop, turn by turn, and its device."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.device = Device()
+        net = Simnet(Wire())
+        settings = ServerSettings(run_dir=run_dir)
+        super().__init__(settings, net.server, self.device, None, None, ServerSocket(0))  # type: ignore[arg-type]
+        self._wall_at = self._own_due = float("inf")
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self.run_once()
+
+    def listen(self, path: Path) -> control.ControlServer:
+        """Let it have a control socket, as `run` does."""
+        server = control.ControlServer(path, lambda verb, _: verb)
+        self._control = server
+        self._watch(server.fileno(), lambda moment: server.ready(server.fileno(), moment))
+        return server
+
+    @property
+    def error(self) -> Exception | None:
+        return self._error if self._is_stopping else None
+
+
+@pytest.fixture
+def turning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turning]:
+    monkeypatch.setattr(loop, "LONGEST_WAIT", 0.02)
+    made = Turning(tmp_path)
+    yield made
+    made.finish()
+
+
+def test_what_comes_alone_is_read_once_and_never_in_vain(turning: Turning) -> None:
+    for _ in range(5):
+        turning.turns(1)  # waits
+        turning.device.far.send(FRAME)
+        turning.turns(1)
+    assert turning.device.reads == [(1, 1)] * 5
+    assert turning._role.drops["packet to nobody"] == 5
+
+
+def test_a_burst_is_read_in_few_turns(turning: Turning) -> None:
+    turning.turns(1)
+    for _ in range(180):
+        turning.device.far.send(FRAME)
+    turning.turns(LONELY + 3)
+    full = READS_PER_TURN
+    assert turning.device.reads == [(1, 1)] * LONELY + [(full, full), (full, full), (full, 180 - LONELY - 2 * full)]
+    assert turning._role.drops["packet to nobody"] == 180
+
+
+def test_a_device_that_has_gone_ends_the_run_and_is_named(turning: Turning) -> None:
+    turning.device.has_gone = True
+    turning.device.far.send(FRAME)
+    turning.turns(1)
+    assert isinstance(turning.error, HostError)
+    assert str(turning.error).startswith("the device mpt9 has gone: ")
+
+
+def test_a_full_control_socket_is_not_waited_for(
+    turning: Turning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the one who waits to be let in would keep the loop turning."""
+    waited: list[list[int]] = []
+    plain = select.select
+
+    def watched(readers: list[int], *more: Any) -> Any:
+        waited.append(list(readers))
+        return plain(readers, *more)
+
+    server = turning.listen(tmp_path / "mpt9.sock")
+    guests = [socket.socket(socket.AF_UNIX) for _ in range(MAX_CONNECTIONS + 1)]
+    monkeypatch.setattr(select, "select", watched)
+    turning.turns(1)
+    assert waited[-1].count(server.fileno()) == 1
+    for guest in guests:
+        guest.connect(str(tmp_path / "mpt9.sock"))
+        turning.turns(2)
+        assert waited[-1].count(server.fileno()) == int(len(server.connections) < MAX_CONNECTIONS)
+    assert len(server.connections) == MAX_CONNECTIONS
+    guests[0].sendall(b'{"verb": "status"}\n')
+    turning.turns(4)
+    assert guests[0].recv(100) == b'{"ok": true, "result": "status"}\n'
+    turning.turns(2)
+    assert len(server.connections) == MAX_CONNECTIONS, "the one who waited is in"
+    for guest in guests:
+        guest.close()
+    turning.turns(3)
+    assert not server.connections
+    turning._unwatch(server.fileno())
+    turning._control = None
+    server.close()
