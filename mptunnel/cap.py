@@ -83,12 +83,14 @@ class Delay:
 
     def queue(self, now: float) -> float:
         """Return how far the delay stands above its floor, in s: the least of the newest samples."""
-        newest = [sample for sample in self._samples if now - sample[0] <= SAMPLES_SPAN]
-        if len(newest) < SAMPLES:
-            newest = [*self._samples][-SAMPLES:]
-        if len(newest) < SAMPLES or newest[-1][0] - newest[0][0] < SAMPLES_LEAST_SPAN:
+        count, since, least = 0, now, INF
+        for at, delay in reversed(self._samples):
+            if count >= SAMPLES and now - at > SAMPLES_SPAN:
+                break
+            count, since, least = count + 1, at, min(least, delay)
+        if count < SAMPLES or self._samples[-1][0] - since < SAMPLES_LEAST_SPAN:
             return 0.0
-        return max(0.0, min(delay for _, delay in newest) - min(self._floors))
+        return max(0.0, least - min(self._floors))
 
 
 class SendQueue:

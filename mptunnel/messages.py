@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -535,12 +536,14 @@ def pack_address(address: IPv4Address | IPv6Address) -> bytes:
     return address.packed if isinstance(address, IPv6Address) else b"\0" * 10 + b"\xff\xff" + address.packed
 
 
+@lru_cache(maxsize=1024)  # every ECHO has one, and nearly always the same
 def unpack_address(packed: bytes) -> IPv4Address | IPv6Address:
     """Return the address of 16 bytes, an IPv4 one where it is mapped."""
     address = IPv6Address(packed)
     return address.ipv4_mapped or address
 
 
+@lru_cache(maxsize=1024)
 def parse_address(text: str) -> IPv4Address | IPv6Address:
     """Return the address that the kernel wrote as `text`; a scope behind it is dropped."""
     return IPv6Address(text.partition("%")[0]) if ":" in text else IPv4Address(text)
