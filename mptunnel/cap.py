@@ -9,15 +9,15 @@ survivor is seconds behind. So a path gets less than everything, and the rest of
   alike is no queue of this one: a busy machine, or a link that they share. Nor is what stands though next to nothing
   was given, or does not get less though less is given: a new route, whose delay is the new floor;
 * by **loss**: it is held when feedback has said for a second that it delivers less than half of what it is given,
-  although another path loses less. An outage is no such loss: then there is no feedback;
+  although another path loses less. An outage is no such loss: then there is no feedback, or nothing comes at all;
 * by its own **send queue** (client only): what the kernel has not sent yet may not be more than 50 ms of what the path
   delivers, or two datagrams.
 
 Held means: a rate, enforced by a bucket. While the queue stands, it is as much under what the path delivers as the
-queue is long, so that it drains within a second; when the queue is gone, it grows by a tenth at a time, so that a link
-that has recovered is found out. A path that has not been at its limit for two seconds is held no more. The rate does
-not fall below 64 kbit/s: probes have to get through, and tell when it is better. The path with the least delay is
-exempt from all this (see `scheduler`).
+queue is long, so that it drains within a second; when the queue is gone, it grows by a twentieth at a time, so that a
+link that has recovered is found out. Held for a loss that has ended, it doubles: nothing gets old by what is lost. A
+path that has not been at its limit for two seconds is held no more. The rate does not fall below 64 kbit/s: probes have
+to get through, and tell when it is better. The path with the least delay is exempt from all this (see `scheduler`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ FULL: Final = 1500  # bytes of a full datagram on the wire
 LEAST_GIVEN: Final = 20  # datagrams: fewer say nothing of a loss
 LOSES_FOR: Final = 1.0  # s
 OUTAGE: Final = 0.4  # s without feedback, though in use: what happened meanwhile says nothing of a rate
+DROUGHT: Final = 0.25  # s in which feedback came, and said that nothing had come: an outage in one direction
 
 INF: Final = float("inf")
 
@@ -125,7 +126,10 @@ class SendQueue:
 class Cap:
     """The rate that a path is held at in one direction; `rate` is None while it is not."""
 
-    __slots__ = ("_at", "_grown_at", "_limited_at", "_loses_since", "_seen", "_stood", "_tokens", "rate")
+    __slots__ = (
+        "_at", "_came_at", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_seen", "_stood", "_tokens",
+        "rate",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.rate: float | None = None
@@ -135,6 +139,8 @@ class Cap:
         self._grown_at = -INF
         self._limited_at = -INF
         self._loses_since = INF
+        self._is_for_loss = False  # that it is held
+        self._came_at = INF  # receiver's time of the newest feedback that said that something had come
         self._stood = (INF, 0.0)  # since when a queue stands, and how long it was then
 
     def restart(self) -> None:
@@ -151,11 +157,9 @@ class Cap:
         delay stands above its floor; `is_worst` says that another path loses less.
         Returns whether that is no queue, but a new floor.
         """
-        seen = self._seen
-        if seen and (at <= seen[-1][0] or given < seen[-1][1] or delivered < seen[-1][3]):
+        if not self._is_news(at, given, delivered):
             return False  # an older one that came late
-        if seen and at - seen[-1][0] > OUTAGE:
-            self.restart()
+        seen = self._seen
         seen.append((at, given, given_bytes, delivered))
         if not (is_worst and self._lost_half()):
             self._loses_since = INF
@@ -182,12 +186,13 @@ class Cap:
                 self._tokens, self._at = 0.0, now
             self.rate = max(LEAST_RATE, gain * rate)
             self._limited_at = now
+            self._is_for_loss = not stands
         elif self.rate is not None:
             if now - self._limited_at > FREE_AFTER:
                 self.rate = None
             elif now - self._grown_at >= GROW_EVERY:
                 self._grown_at = now
-                self.rate = max(self.rate, GROWTH * rate)
+                self.rate = 2 * self.rate if self._is_for_loss else max(self.rate, GROWTH * rate)
         return False
 
     def delivered_rate(self) -> float | None:
@@ -216,6 +221,20 @@ class Cap:
         """So many bytes went."""
         if self.rate is not None:
             self._tokens -= size
+
+    def _is_news(self, at: float, given: int, delivered: int) -> bool:
+        """Whether feedback is newer than all before it; after an outage those before it are forgotten."""
+        if not self._seen:
+            self._came_at = at
+            return True
+        last_at, last_given, _, last_delivered = self._seen[-1]
+        if at <= last_at or given < last_given or delivered < last_delivered:
+            return False
+        if delivered > last_delivered:
+            self._came_at = at
+        if at - last_at > OUTAGE or at - self._came_at > DROUGHT:
+            self.restart()
+        return True
 
     def _is_idle(self) -> bool:
         """Whether so little was given that no queue can be of it."""

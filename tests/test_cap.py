@@ -94,6 +94,25 @@ def test_a_path_that_loses_most_of_what_it_gets_is_held_and_the_other_gets_every
     assert guest(net).paths[1].withheld > 0
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("cut", "pause"), [(0.39, 0.12), (0.39, 0.15), (0.5, 0.12), (0.5, 0.15), (0.2, 0.06)])
+def test_a_path_that_dies_again_and_again_in_one_direction_takes_over_a_second_later(
+    side: str, cut: float, pause: float
+) -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06), seed=5)
+    net.run(3.0)
+    traffic = Traffic(net, 1000.0, 172)
+    traffic.start(6.0)
+    at = 1.0
+    for _ in range(5):
+        net.after(at, lambda: setattr(net.wires[1], f"cuts_{side}", True))
+        net.after(at + cut, lambda: setattr(net.wires[1], f"cuts_{side}", False))
+        at += cut + pause
+    net.after(at + 1.0 - pause, lambda: setattr(net.wires[0], "is_cut", True))
+    net.run(10.0)
+    assert traffic.is_whole()
+
+
 def test_where_all_paths_lose_most_none_is_held() -> None:
     net = Simnet(*(Wire(delay=delay, loss_up=0.6, loss_down=0.6) for delay in (0.02, 0.06)))
     net.run(5.0)
