@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READS_PER_TURN: Final = 64
-LONELY: Final = 2  # turns without a pause that a packet, its copy and its answer may take: no reason to read on
+CALM: Final = 2  # turns without a pause that a packet, its copy and its answer may take: no reason to read on
 INBOX: Final = 64  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 NICE: Final = -10  # a packet waits for nobody's computations; sched(7), nice is of a thread
@@ -92,7 +92,7 @@ class Loop:
         self._wall_at = 0.0
         self._own_due = 0.0  # when we have to do something that is not the role's; at `_wall_at` at the latest
         self._streak = 0  # turns since select had to wait
-        self._most = 1  # reads of one descriptor in this turn: what comes alone goes on, and the next look is select's
+        self._is_calm = True  # what comes alone in this turn goes on at once, and the next look is select's
         self._is_stopping = False
         self._error: MptunnelError | None = None
 
@@ -135,7 +135,7 @@ class Loop:
         ready, writable, _ = select.select(readers, writers, _NOTHING, wait)
         moment = clock_gettime(CLOCK_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
-        self._most = READS_PER_TURN if self._streak > LONELY else 1
+        self._is_calm = self._streak <= CALM
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is not None:
@@ -194,7 +194,7 @@ class Loop:
     def _read_tun(self) -> list[memoryview]:
         """Return frames from the device."""
         try:
-            return self._tun.read(self._most)
+            return self._tun.read(1 if self._is_calm else READS_PER_TURN)
         except OSError as error:
             self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
             self._is_stopping = True
@@ -351,11 +351,14 @@ class ServerLoop(Loop):
     def _socket_ready(self, moment: float) -> None:
         receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
         try:
-            for _ in range(self._most):
+            for _ in range(READS_PER_TURN):
                 datagrams, size, source = receive()
                 take(datagrams, size, source, moment, inbox)
-                if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
-                    self._deliver()  # a datagram that came alone does not wait for others
+                if len(datagrams) == size or len(inbox) >= INBOX:
+                    if inbox:
+                        self._deliver()  # a datagram that came alone does not wait for others
+                    if self._is_calm:
+                        break
         except BlockingIOError:
             pass
         except OSError as error:  # an ICMP message about some client: its affair
@@ -432,11 +435,14 @@ class ClientLoop(Loop):
 
         def ready(moment: float) -> None:
             try:
-                for _ in range(self._most):
+                for _ in range(READS_PER_TURN):
                     datagrams, size = receive()
                     take(datagrams, size, number, moment, inbox)
-                    if inbox and (len(datagrams) == size or len(inbox) >= INBOX):
-                        self._deliver()  # a datagram that came alone does not wait for others
+                    if len(datagrams) == size or len(inbox) >= INBOX:
+                        if inbox:
+                            self._deliver()  # a datagram that came alone does not wait for others
+                        if self._is_calm:
+                            break
             except BlockingIOError:
                 pass
             except OSError as error:  # ICMP said something about this path: a hint, nothing else

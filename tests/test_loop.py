@@ -14,7 +14,7 @@ from mptunnel import control, loop
 from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
-from mptunnel.loop import LONELY, READS_PER_TURN, ServerLoop
+from mptunnel.loop import CALM, READS_PER_TURN, ServerLoop
 from mptunnel.packet import PLAIN
 from mptunnel.udp import ServerSocket
 from tests.simnet import TARGET, Simnet, Wire, ipv4
@@ -110,9 +110,9 @@ def test_a_burst_is_read_in_few_turns(turning: Turning) -> None:
     turning.turns(1)
     for _ in range(180):
         turning.device.far.send(FRAME)
-    turning.turns(LONELY + 3)
+    turning.turns(CALM + 3)
     full = READS_PER_TURN
-    assert turning.device.reads == [(1, 1)] * LONELY + [(full, full), (full, full), (full, 180 - LONELY - 2 * full)]
+    assert turning.device.reads == [(1, 1)] * CALM + [(full, full), (full, full), (full, 180 - CALM - 2 * full)]
     assert turning._role.drops["packet to nobody"] == 180
 
 
