@@ -314,7 +314,7 @@ def coalesce(packets: Sequence[Buffer], *, takes_udp: bool) -> list[tuple[Frame,
         if count > 1:
             frames.append((_super(packets[at : at + count], protocol, start), count))
         else:
-            frames.append((single(packet), 1))
+            frames.append(([_single_header(packet, protocol, start), packet], 1))
         at += count
     return frames
 
@@ -322,15 +322,15 @@ def coalesce(packets: Sequence[Buffer], *, takes_udp: bool) -> list[tuple[Frame,
 def single(packet: Buffer) -> Frame:
     """Return the frame of one packet."""
     found = _transport(packet)
-    if found is None:
-        return [PLAIN, packet]
-    protocol, start = found
+    return [PLAIN if found is None else _single_header(packet, *found), packet]
+
+
+def _single_header(packet: Buffer, protocol: int, start: int) -> bytes:
     offset = _TCP_CHECK if protocol == TCP else _UDP_CHECK
-    at = start + offset
-    addresses = packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
-    if packet[at] << 8 | packet[at + 1] != _fold(bytes(addresses), protocol, len(packet) - start):
-        return [PLAIN, packet]
-    return [VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, offset), packet]
+    (check,) = _U16.unpack_from(packet, start + offset)
+    if check != _pseudo_sum(packet, protocol, len(packet) - start):
+        return PLAIN
+    return VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, offset)
 
 
 def _transport(packet: Buffer) -> tuple[int, int] | None:

@@ -352,9 +352,7 @@ class ClientPath(Path):
 
     def received(self, count: int, size: int, longest: int) -> None:
         """Count, and ask for a probe after every 32 KiB."""
-        self.rx += count
-        self.rx_bytes += size
-        self.rx_size = max(self.rx_size, longest)
+        super().received(count, size, longest)
         self._bytes_since_probe += size
         if self._bytes_since_probe >= PROBE_BYTES:
             self.probe_at = min(self.probe_at, self.last_probe_at + PROBE_SPACING)

@@ -81,15 +81,11 @@ class ReplayWindow:
 
     def refuses(self, counter: int, path: int | None) -> Refused | None:
         """Return why a counter up to `top` is not wanted, None if it is; a seen one is credited to the path."""
+        if self.is_fresh(counter):
+            return None
         if counter <= self.top - self.width:
             return Refused.LATE
-        at = counter & _MASK
-        if not self._first[at]:
-            return None
-        if path is None or self._paths[at] & 1 << path:
-            return Refused.REPEATED
-        self._paths[at] |= 1 << path
-        return Refused.CREDITED
+        return Refused.CREDITED if path is not None and self.credit(counter, path) else Refused.REPEATED
 
     def mark(self, counter: int, path: int | None = None) -> None:
         """Remember an authenticated counter, and the path that brought it first."""
@@ -307,12 +303,13 @@ class Session:
     ) -> None:
         window, fresh = self.window, []
         for number, counter in enumerate(counters):
-            if counter <= window.top and not window.is_fresh(counter):
-                if counter <= window.top - window.width:
+            refused = window.refuses(counter, path) if counter <= window.top else None
+            if refused is not None:
+                if refused is Refused.LATE:
                     opened.late += 1
                     continue
                 opened.repeated += 1
-                if path is not None and window.credit(counter, path):
+                if refused is Refused.CREDITED:
                     opened.low = min(opened.low, counter) if opened.credited else counter
                     opened.high = max(opened.high, counter)
                     opened.credited += 1

@@ -155,34 +155,16 @@ class PeerTimers:
             self._at[Timer.PERSISTENT] = now + self.persistent
 
     def packet_sent(self, now: float) -> float:
-        """A single IP packet went out, in a datagram of its own; return when something must have come in.
-
-        What `data_sent` and `anything_sent` do, in one call.
-        """
-        at = self._at
-        at.pop(Timer.KEEPALIVE, None)
-        if self.persistent:
-            at[Timer.PERSISTENT] = now + self.persistent
-        silent_at = at.get(Timer.NEW_HANDSHAKE)
-        if silent_at is None:
-            silent_at = at[Timer.NEW_HANDSHAKE] = now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self._jitter
-        return silent_at
+        """A single IP packet went out, in a datagram of its own; return when something must have come in."""
+        self.anything_sent(now)
+        self.data_sent(now)
+        return self._at[Timer.NEW_HANDSHAKE]
 
     def packet_received(self, now: float) -> float:
-        """A single IP packet came in; return when it must be answered.
-
-        What `anything_received` and `data_received` do, in one call.
-        """
-        at = self._at
-        at.pop(Timer.NEW_HANDSHAKE, None)
-        if self.persistent:
-            at[Timer.PERSISTENT] = now + self.persistent
-        answer_at = at.get(Timer.KEEPALIVE)
-        if answer_at is None:
-            answer_at = at[Timer.KEEPALIVE] = now + KEEPALIVE_TIMEOUT
-        else:
-            self._needs_another_keepalive = True
-        return answer_at
+        """A single IP packet came in; return when it must be answered."""
+        self.anything_received(now)
+        self.data_received(now)
+        return self._at[Timer.KEEPALIVE]
 
     def keepalive_sent(self, now: float) -> None:
         """The passive keepalive went out; data came in meanwhile too, so another may be owed."""

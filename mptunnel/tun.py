@@ -72,8 +72,6 @@ class Tun:
         frames: list[memoryview] = []
         fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
-            if most == 1:
-                return [self._buffers[0][: readv(fd, self._targets[0]) + skipped]]
             for buffer, target in zip(self._buffers, self._targets, strict=True):
                 length = readv(fd, target) + skipped
                 frames.append(buffer[:length])
@@ -92,11 +90,7 @@ class Tun:
         if self._skipped:
             return sum(not self._takes([packet]) for packet in packets)
         if len(packets) == 1:
-            try:
-                os.writev(self._fd, single(packets[0]))
-            except OSError:
-                return 1
-            return 0
+            return int(not self._takes(single(packets[0])))
         if not self.takes_tcp:
             return sum(not self._takes(single(packet)) for packet in packets)
         at = refused = 0
