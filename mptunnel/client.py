@@ -160,8 +160,6 @@ class Client(Role):
         self._join_until = now + JOIN_PATIENCE if token else INF
         self._join_failure: RefusedError | None = None  # why we gave up joining, if it is not that nobody answered
         self._peer = self._new_peer(now)
-        self._due = INF  # as it was when it was worked out last, if that still holds
-        self._is_settled = False
 
     def _new_peer(self, now: float) -> ServerPeer:
         settings, membership = self._settings, self._membership
@@ -194,7 +192,6 @@ class Client(Role):
 
     def links_changed(self, links: Sequence[Link], now: float, picture: Picture | None = None) -> None:
         """This is how the host's links are now, and its rules and routes, if somebody has looked."""
-        self._is_settled = False
         if self._settings.wireguard is not None and self._tunnel is None:
             self._adopt_wireguard(self._settings.wireguard)
         if tuple(links) != self._links:
@@ -232,7 +229,6 @@ class Client(Role):
 
     def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
         """The kernel refused datagrams on a path: that is this path's affair only."""
-        self._is_settled = False
         path = self.paths.get(number)
         if path is None:
             return
@@ -278,28 +274,25 @@ class Client(Role):
         peer = self._peer
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4 or self._meter is not None:
             return None
-        if now >= peer.short_until or not peer.takes_partial:
+        if now >= peer.short_until:
             return None
-        self._busy.add(peer)
         return peer.seal_one(frame[VNET_SIZE:], now)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        if not self._is_settled or self._busy:  # else only packets have gone the short way since
-            self._is_settled = True
-            due = self._peer.scheduled_at = self._peer.next_deadline()
-            due = min(due, self._join_until, self._servers.resolve_at, self._mend_at, *self._reopen_at.values())
-            if self._state != "up" and not self._has_warned:
-                due = min(due, self._state_at + WARN_AFTER)
-            self._due = due
-        return self._due
+        due = self._peer.scheduled_at = self._peer.next_deadline()
+        due = min(due, self._join_until, self._servers.resolve_at, self._mend_at, *self._reopen_at.values())
+        if self._state != "up" and not self._has_warned:
+            due = min(due, self._state_at + WARN_AFTER)
+        return min(due, self.ledger.due)
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due."""
-        self._peer.handle_timeout(now, self.out)
-        self._after(self._peer, now)
+        if now >= self._peer.scheduled_at:
+            self._peer.handle_timeout(now, self.out)
+            self._after(self._peer, now)
         if now >= self._join_until:
             self._join_until = INF
             self._events.append(Stop(self._join_failure or self._unreachable()))
@@ -313,7 +306,6 @@ class Client(Role):
 
     def today_is(self, year: int, month: int, day: int, now: float) -> None:
         """The clock on the wall shows this local date at `now`."""
-        self._is_settled = False
         save = self._desk.today_is(year, month, day, now)
         self._meter_if_wanted()
         if save is not None:
@@ -321,7 +313,6 @@ class Client(Role):
 
     def job_done(self, job: Job, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
-        self._is_settled = False
         failure = result if isinstance(result, Exception) else None
         if isinstance(job, RunScript):
             self._script_done(job, failure, now)
@@ -548,7 +539,6 @@ class Client(Role):
     # -- what the server says --------------------------------------------------------------------------
 
     def _after(self, peer: Peer, now: float) -> None:
-        self._is_settled = False
         news, self._peer.news = self._peer.news, []
         for item in news:
             match item:
@@ -694,7 +684,6 @@ class Client(Role):
 
     def control(self, verb: str, arguments: Fields, now: float) -> Reply:
         """Answer the command line. Raises ConfigError."""
-        self._is_settled = False
         if verb in VERBS:
             result = self._desk.perform(verb, arguments)
             if verb == "paths-list":

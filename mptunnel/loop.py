@@ -1,8 +1,9 @@
 """The one select(): descriptors, the clock, buffers. Everything is decided elsewhere; everything happens here.
 
 A turn: wait, read the clock once, feed what is ready to the role, let it do what is due, send what it wants sent, take
-up what it asks for. No descriptor gets more than 64 reads in a turn, and after each of them what must go out goes out:
-nothing waits for a batch to fill. What may block goes to the worker. Time is CLOCK_BOOTTIME, which counts suspend.
+up what it asks for. If all that was ready went the short way (see `peer`), the turn ends there. No descriptor gets more
+than 64 reads in a turn, and after each of them what must go out goes out: nothing waits for a batch to fill. What may
+block goes to the worker. Time is CLOCK_BOOTTIME, which counts suspend.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState, Stop
 from mptunnel.hook import Hook
+from mptunnel.timers import INF
 from mptunnel.worker import Worker
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from mptunnel.config import Settings
     from mptunnel.events import Endpoint, Event, Job
     from mptunnel.packet import Buffer
+    from mptunnel.path import Path
     from mptunnel.server import Server
     from mptunnel.state import StateDir
     from mptunnel.tun import Tun
@@ -77,11 +80,12 @@ class Loop:
     ) -> None:
         self._settings = settings
         self._role = role
+        self._ledger = role.ledger
         self._tun = tun
         self._host = the_host
         self._state = state
         self._worker: Worker[Job | Snapshot] = Worker(self._perform)
-        self._readers: dict[int, Callable[[float], None]] = {}
+        self._readers: dict[int, Callable[[float], bool]] = {}  # each says whether that was all, or a turn is to follow
         self._fds: list[int] = []  # the same descriptors, as select wants them
         self._watch(tun.fileno(), self._tun_ready)
         self._watch(self._worker.fileno(), self._worker_ready)
@@ -90,6 +94,7 @@ class Loop:
         self._pending: dict[int, tuple[Pending, Any]] = {}
         self._inbox: list[Buffer] = []
         self._wall_at = 0.0
+        self._due = -INF  # when the role has to do something
         self._own_due = 0.0  # when we have to do something that is not the role's; at `_wall_at` at the latest
         self._streak = 0  # turns since select had to wait
         self._is_calm = True  # what comes alone in this turn goes on at once, and the next look is select's
@@ -103,9 +108,10 @@ class Loop:
         with _signals(self._stop) as wake:
             self._watch(wake, self._signalled(wake))
             control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
-            self._watch(control.fileno(), lambda moment: control.ready(control.fileno(), moment))
+            self._watch(control.fileno(), self._control_ready)
             self._control = control
             self._drain(now())
+            self._due = self._role.next_deadline()
             gc.collect()
             gc.freeze()
             gc.disable()  # the core makes no cycles, and a collection would be a gap
@@ -123,34 +129,42 @@ class Loop:
 
     def run_once(self) -> None:
         """Wait once, feed whatever is ready to the role, then drain the role."""
-        control, role = self._control, self._role
-        due, own_due = role.next_deadline(), self._own_due
+        control = self._control
+        due = min(self._due, self._own_due)
         readers, writers = self._fds, _NOTHING
         if control is not None and control.connections:  # somebody asks
             readers, writers = readers + control.readers(), control.writers()
             readers.remove(control.fileno())
-            own_due = min(own_due, control.next_deadline())
+            due = min(due, control.next_deadline())
         before = clock_gettime(CLOCK_BOOTTIME)
-        wait = min(max(0.0, min(due, own_due) - before), LONGEST_WAIT)
-        ready, writable, _ = select.select(readers, writers, _NOTHING, wait)
+        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, due - before), LONGEST_WAIT))
         moment = clock_gettime(CLOCK_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
         self._is_calm = self._streak <= CALM
+        is_all = due > moment and not writable
         for fd in ready:
             handler = self._readers.get(fd)
-            if handler is not None:
-                handler(moment)
-            elif control is not None:
+            if handler is None or not handler(moment):
+                is_all = False
+        if is_all and self._ledger.due > moment:
+            self._due = min(self._due, self._ledger.due)
+            return
+        if control is not None and control.connections:
+            for fd in {*ready, *writable} - self._readers.keys():
                 control.ready(fd, moment)
-        for fd in writable:
-            if control is not None:
-                control.ready(fd, moment)
+            control.expire(moment)
+        self._finish_turn(moment)
+
+    def _finish_turn(self, moment: float) -> None:
+        """Do what is due, and what came of more than passing on single packets."""
+        role, due = self._role, self._due
         role.finish_turn(moment)
-        if own_due <= moment:
+        if self._own_due <= moment:
             self._own_work(moment)
         if due <= moment:  # what has become due in this turn is done in the next one, which comes at once
             role.handle_timeout(moment)
         self._drain(moment)
+        self._due = role.next_deadline()
 
     def _drain(self, moment: float) -> None:
         """Send all that is to be sent and take up all that is asked for, until there is no more of either."""
@@ -165,12 +179,10 @@ class Loop:
         if moment >= self._wall_at:
             self._wall_at = self._own_due = moment + WALL_INTERVAL
             self._role.wall_is(moment, time.time())
-        if self._control is not None:
-            self._control.expire(moment)
 
     # -- descriptors -----------------------------------------------------------------------------------
 
-    def _watch(self, fd: int, handler: Callable[[float], None]) -> None:
+    def _watch(self, fd: int, handler: Callable[[float], bool]) -> None:
         self._readers[fd] = handler
         self._fds = [*self._readers]
 
@@ -178,10 +190,37 @@ class Loop:
         del self._readers[fd]
         self._fds = [*self._readers]
 
-    def _tun_ready(self, moment: float) -> None:
+    def _tun_ready(self, moment: float) -> bool:
+        """Take what waits at the device; return whether all of it went the short way."""
+        frame, frames = None, []
+        try:
+            if self._is_calm:
+                frame = self._tun.read_one()
+            else:
+                frames = self._tun.read()
+        except OSError as error:
+            self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
+            self._is_stopping = True
+            return False
+        if frame is not None:
+            sealed = self._role.send_one(frame, moment)
+            if sealed is not None:
+                return self._send_one(sealed[0], sealed[1], moment)
+            frames = [frame]
+        if frames:
+            self._take_frames(frames, moment)
+        return False
+
+    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+        """Give the role what the device had, and send what comes of it."""
+        raise NotImplementedError
+
+    def _send_one(self, datagram: bytes, ways: Sequence[tuple[Path, Any]], moment: float) -> bool:
+        """Send what goes the short way; return whether there is nothing to be said about it."""
         raise NotImplementedError
 
     def _send(self) -> None:
+        """Send what the role wants sent."""
         raise NotImplementedError
 
     def _deliver(self) -> None:
@@ -191,21 +230,19 @@ class Loop:
         if refused:
             self._role.drops["refused by the device"] += refused
 
-    def _read_tun(self) -> list[memoryview]:
-        """Return frames from the device."""
-        try:
-            return self._tun.read(1 if self._is_calm else READS_PER_TURN)
-        except OSError as error:
-            self._error = HostError(f"the device {self._tun.name} has gone: {os.strerror(error.errno or 0).lower()}")
-            self._is_stopping = True
-            return []
-
-    def _signalled(self, wake: int) -> Callable[[float], None]:
-        def drain(_: float) -> None:
+    def _signalled(self, wake: int) -> Callable[[float], bool]:
+        def drain(_: float) -> bool:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake, 4096)
+            return False
 
         return drain
+
+    def _control_ready(self, moment: float) -> bool:
+        """Take up who wants to ask."""
+        if self._control is not None:
+            self._control.ready(self._control.fileno(), moment)
+        return False
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -245,9 +282,10 @@ class Loop:
                 return netlink.look()
         return None
 
-    def _worker_ready(self, moment: float) -> None:
+    def _worker_ready(self, moment: float) -> bool:
         for job, result in self._worker.results():
             self._job_done(job, result, moment)
+        return False
 
     def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
         if isinstance(job, Snapshot):
@@ -338,22 +376,25 @@ class ServerLoop(Loop):
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return [self._socket]
 
-    def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun()
-        if len(frames) == 1 and (sealed := self._role.send_one(frames[0], moment)) is not None:
-            datagram, ways = sealed
-            for _, to in ways:
-                self._hand_over(to, datagram, len(datagram))
-        elif frames:
-            self._role.send(frames, moment)
-            self._send()
+    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+        self._role.send(frames, moment)
+        self._send()
 
-    def _socket_ready(self, moment: float) -> None:
-        receive, take, inbox = self._socket.receive, self._role.receive, self._inbox
+    def _send_one(self, datagram: bytes, ways: Sequence[tuple[Path, Endpoint]], moment: float) -> bool:
+        is_all = True
+        for _, to in ways:
+            why = self._socket.send_one(to, datagram)
+            if why:
+                self._role.not_sent(to, 1, len(datagram), why)
+                is_all = False
+        return is_all
+
+    def _socket_ready(self, moment: float) -> bool:
+        receive, take, inbox, is_all = self._socket.receive, self._role.receive, self._inbox, True
         try:
             for _ in range(READS_PER_TURN):
                 datagrams, size, source = receive()
-                take(datagrams, size, source, moment, inbox)
+                is_all = take(datagrams, size, source, moment, inbox) and is_all
                 if len(datagrams) == size or len(inbox) >= INBOX:
                     if inbox:
                         self._deliver()  # a datagram that came alone does not wait for others
@@ -365,15 +406,13 @@ class ServerLoop(Loop):
             self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
         if inbox:
             self._deliver()
+        return is_all
 
     def _send(self) -> None:
         for to, data, size in self._role.transmits():
-            self._hand_over(to, data, size)
-
-    def _hand_over(self, to: Endpoint, data: bytes | memoryview, size: int) -> None:
-        refused, why = self._socket.send(to, data, size)
-        if refused:
-            self._role.not_sent(to, refused, refused * size, why)
+            refused, why = self._socket.send(to, data, size)
+            if refused:
+                self._role.not_sent(to, refused, refused * size, why)
 
     def close_sockets(self) -> None:
         """Close the socket."""
@@ -398,30 +437,33 @@ class ClientLoop(Loop):
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return list(self._sockets.values())
 
-    def _tun_ready(self, moment: float) -> None:
-        frames = self._read_tun()
-        if len(frames) == 1 and (sealed := self._role.send_one(frames[0], moment)) is not None:
-            datagram, ways = sealed
-            for _, to in ways:
-                self._hand_over(to, datagram, len(datagram))
+    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+        self._look_at_queues(moment)
+        self._role.send(frames, moment, self._inbox)
+        self._send()
+        if self._inbox:
+            self._deliver()
+
+    def _send_one(self, datagram: bytes, ways: Sequence[tuple[Path, int]], moment: float) -> bool:
+        is_all = True
+        for _, to in ways:
+            sock = self._sockets[to]
+            why = sock.send_one(datagram)
+            if why:
+                self._role.not_sent(to, 1, len(datagram), why, now())
+            if why or sock.unseen >= QUEUE_WORTH_A_LOOK:
+                is_all = False
+        if not is_all:
             self._look_at_queues(moment)
-        elif frames:
-            self._look_at_queues(moment)
-            self._role.send(frames, moment, self._inbox)
-            self._send()
-            if self._inbox:
-                self._deliver()
+        return is_all
 
     def _send(self) -> None:
         for to, data, size in self._role.transmits():
-            self._hand_over(to, data, size)
-
-    def _hand_over(self, to: int, data: bytes | memoryview, size: int) -> None:
-        sock = self._sockets.get(to)
-        if sock is not None:
-            refused, why = sock.send(data, size)
-            if refused:
-                self._role.not_sent(to, refused, refused * size, why, now())
+            sock = self._sockets.get(to)
+            if sock is not None:
+                refused, why = sock.send(data, size)
+                if refused:
+                    self._role.not_sent(to, refused, refused * size, why, now())
 
     def _look_at_queues(self, moment: float) -> None:
         """Tell what waits in the sockets of the paths, where so much went that it matters."""
@@ -429,15 +471,16 @@ class ClientLoop(Loop):
             if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
                 sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
 
-    def _path_ready(self, number: int) -> Callable[[float], None]:
+    def _path_ready(self, number: int) -> Callable[[float], bool]:
         sock = self._sockets[number]
         receive, take, inbox = sock.receive, self._role.receive, self._inbox
 
-        def ready(moment: float) -> None:
+        def ready(moment: float) -> bool:
+            is_all = True
             try:
                 for _ in range(READS_PER_TURN):
                     datagrams, size = receive()
-                    take(datagrams, size, number, moment, inbox)
+                    is_all = take(datagrams, size, number, moment, inbox) and is_all
                     if len(datagrams) == size or len(inbox) >= INBOX:
                         if inbox:
                             self._deliver()  # a datagram that came alone does not wait for others
@@ -449,6 +492,7 @@ class ClientLoop(Loop):
                 self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
             if inbox:
                 self._deliver()
+            return is_all
 
         return ready
 
@@ -489,12 +533,13 @@ class ClientLoop(Loop):
 
     # -- links -----------------------------------------------------------------------------------------
 
-    def _links_ready(self, moment: float) -> None:
+    def _links_ready(self, moment: float) -> bool:
         if self._monitor.drain():
             is_crowded = len(self._looked_at) == MAX_LOOKS
             earliest = self._looked_at[0] + LOOKS_SPAN if is_crowded else moment
             self._review_at = min(self._review_at, max(moment + LINKS_SETTLE, earliest))
             self._own_due = min(self._own_due, self._review_at)
+        return False
 
     def _own_work(self, moment: float) -> None:
         is_new_second = moment >= self._wall_at

@@ -63,6 +63,13 @@ _TCP_HEADER = 20
 _ENDS = _FIN | _PSH
 _NEVER = _SYN | _RST | _URG | _CWR  # a packet with one of these stands alone
 
+# Of a packet in IPv4 without options, by its protocol: least length, where its checksum is, header if that is partial.
+_SINGLE4 = {
+    TCP: (IPV4_HEADER + _TCP_HEADER, IPV4_HEADER + _TCP_CHECK, VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, _TCP_CHECK)),
+    UDP: (IPV4_HEADER + _UDP_HEADER, IPV4_HEADER + _UDP_CHECK, VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, _UDP_CHECK)),
+}
+_NEVER_PARTIAL = (MAX_LENGTH + 1, 0, PLAIN)
+
 Buffer = bytes | bytearray | memoryview
 Frame = list[Buffer]  # what one writev() gives the device: header, packet
 
@@ -321,6 +328,14 @@ def coalesce(packets: Sequence[Buffer], *, takes_udp: bool) -> list[tuple[Frame,
 
 def single(packet: Buffer) -> Frame:
     """Return the frame of one packet."""
+    length = len(packet)
+    if length >= IPV4_HEADER and packet[0] == PLAIN_IPV4 and not (packet[6] & 0x3F or packet[7]):  # nearly all are so
+        protocol = packet[9]
+        least, check, needs_csum = _SINGLE4.get(protocol, _NEVER_PARTIAL)
+        if length < least:
+            return [PLAIN, packet]
+        rest = int.from_bytes(packet[12:20], "big") + protocol + length - IPV4_HEADER
+        return [needs_csum if packet[check] << 8 | packet[check + 1] == (rest - 1) % 0xFFFF + 1 else PLAIN, packet]
     found = _transport(packet)
     return [PLAIN if found is None else _single_header(packet, *found), packet]
 

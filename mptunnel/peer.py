@@ -16,7 +16,8 @@ from an address that the peer may use.
 **The short way.** With cold caches what takes long is deciding. So a packet that comes alone, less than 20 ms after
 another one, goes by the paths which that one went by, and is taken without asking what that one had to be asked;
 anything but such packets (a control message, a deadline, a session, a path) ends this, and the next one is looked at
-again.
+again. What has gone the short way, and copies that came alone, are entered in the books together: after 4 KiB, 20 ms
+late at the most, and before anything that does not go the short way looks at them.
 
 A stock peer has one endpoint, the source of its newest authentic datagram, and gets one copy. Everything about
 several paths is in the two subclasses, `ServerPeer` and `ClientPeer`.
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages, noise
@@ -42,7 +43,7 @@ from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Container, Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping
 
     from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
@@ -54,6 +55,8 @@ MAX_STAGED: Final = 128
 MAX_COOKIES: Final = 16
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
 SHORT_WAY: Final = 0.02  # s for which single packets are treated like the one before, unless something happens
+MAX_UNBOOKED: Final = 4096  # bytes of them that wait to be entered in the books
+A_COPY: Final = -1  # in an entry: the length of a packet that is there already
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
 
 LOWEST_PACKET: Final = 0x10  # a lower first byte is a control message's
@@ -67,6 +70,23 @@ _DROPS: Final = {
 }
 
 Owner = tuple["Peer", Session | None]
+# Ways out (none: it came in), session, counter, path it came by, size of the datagram, length of the packet, when.
+Entry = tuple[Sequence[tuple["Path", Any]], Session, int, "Path | None", int, int, float]
+
+
+class Ledger:
+    """Who has something that went the short way and is not in the books yet, and by when it must be."""
+
+    __slots__ = ("due", "owing")
+
+    def __init__(self) -> None:
+        self.owing: set[Peer] = set()
+        self.due = INF
+
+    def take(self) -> set[Peer]:
+        """Take out those whose `finish_turn` is to be called."""
+        owing, self.owing, self.due = self.owing, set(), INF
+        return owing
 
 
 class IndexTable:
@@ -104,7 +124,7 @@ class IndexTable:
 class Identity:
     """What all peers of one program share: our key, the index table, timestamps, randomness, counted drops."""
 
-    __slots__ = ("capabilities", "drops", "entropy", "indices", "key", "rng", "timestamps")
+    __slots__ = ("capabilities", "drops", "entropy", "indices", "key", "ledger", "rng", "timestamps")
 
     def __init__(
         self,
@@ -122,10 +142,13 @@ class Identity:
         self.rng = rng
         self.indices = IndexTable(entropy)
         self.drops = drops
+        self.ledger = Ledger()
 
     def with_key(self, key: noise.StaticKey) -> Identity:
         """Return the same for another key of ours, with an index table of its own."""
-        return Identity(key, self.timestamps, self.entropy, self.rng, self.drops, self.capabilities)
+        identity = Identity(key, self.timestamps, self.entropy, self.rng, self.drops, self.capabilities)
+        identity.ledger = self.ledger
+        return identity
 
 
 class Peer:
@@ -166,7 +189,7 @@ class Peer:
         self._was_renewed_at_its_end = False
         self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
         self.short_until = -INF  # when they must be decided anew
-        self._unbooked: list[Callable[[], float]] = []  # what went the short way in this turn
+        self._unbooked: list[Entry] = []  # what went the short way, in the order in which it did
         self._has_news = False  # whether anything else has happened since it was asked last
         self._takes_short_until = -INF  # when what comes in must be looked at anew
 
@@ -187,7 +210,11 @@ class Peer:
         session = self.current
         assert session is not None  # noqa: S101  see `look_again`
         datagram = session.seal(packet, self.tunnel_mtu or self.mtu)
-        self._unbooked.append(partial(self._book_sent, self._ways, len(datagram), len(packet), now))
+        size = len(datagram)
+        self._unbooked.append((self._ways, session, 0, None, size, len(packet), now))
+        waiting = len(self._unbooked)
+        if waiting == 1 or waiting * size > MAX_UNBOOKED:
+            self._owe(waiting * size, now)
         return datagram, self._ways
 
     def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
@@ -230,7 +257,8 @@ class Peer:
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
             self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
-            self.short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
+            is_short = self.takes_partial and len(self._ways) == len(chosen)
+            self.short_until = now + SHORT_WAY if is_short else -INF
 
     # -- the short way ---------------------------------------------------------------------------------
 
@@ -242,10 +270,22 @@ class Peer:
 
     def _book(self) -> None:
         """Enter in the books what has gone the short way: it goes on first, and is counted when there is time."""
-        for entry in self._unbooked:
-            if entry() < self.scheduled_at:
+        for ways, session, counter, path, size, length, now in self._unbooked:
+            if ways:
+                due = self._book_sent(ways, size, length, now)
+            elif length != A_COPY:
+                due = self._book_received(session, counter, path, size, length, now)
+            else:
+                due = self._book_copy(session, counter, path, size, now)
+            if due < self.scheduled_at:
                 self._has_news = True
         self._unbooked.clear()
+
+    def _owe(self, size: int, now: float) -> None:
+        """There are `size` bytes that are not in the books: the first in a while, or the last that may wait."""
+        ledger = self.identity.ledger
+        ledger.owing.add(self)
+        ledger.due = min(ledger.due, now + SHORT_WAY if size <= MAX_UNBOOKED else -INF)
 
     def _book_sent(self, ways: Sequence[tuple[Path, Any]], size: int, length: int, now: float) -> float:
         """A packet of `length` bytes went out in datagrams of `size` bytes; return the deadline that this sets."""
@@ -267,6 +307,13 @@ class Peer:
             path.received(1, size, size)
         self.receipts.arrived(session, (counter,), now, None if path is None else path.id)
         return self.timers.packet_received(now)
+
+    def _book_copy(self, session: Session, counter: int, path: Path | None, size: int, now: float) -> float:
+        """A datagram of `size` bytes came that another path had delivered; it sets no deadline."""
+        if path is not None:
+            path.received(1, size, 0)  # a copy seen before proves no size
+            self.receipts.gaps.came((path.id,), session, counter, counter, now)
+        return INF
 
     def look_again(self) -> None:
         """Something has happened: nothing goes the short way before it has been looked at again."""
@@ -359,16 +406,21 @@ class Peer:
         inbox: list[Buffer],
         out: list[Transmit],
     ) -> bool:
-        """Take a datagram that came alone: what `receive` does, without what is only worth its while for many."""
+        """Take a datagram that came alone: what `receive` does, without what is only worth its while for many.
+
+        Returns whether it took the short way, or brought nothing; else `finish_turn` is due in this turn.
+        """
         path, size = self.sources.get(source), len(datagram)
         number = None if path is None else path.id
         plain = session.open_one(datagram, counter, number, now)
         if isinstance(plain, Refused):
-            if plain is Refused.CREDITED and path is not None:
-                path.received(1, size, 0)  # a copy seen before proves no size
-                self.receipts.gaps.came((path.id,), session, counter, counter, now)
             self.identity.drops[_DROPS[plain]] += 1
-            return False
+            if plain is Refused.CREDITED:
+                self._unbooked.append(((), session, counter, path, size, A_COPY, now))
+                waiting = len(self._unbooked)
+                if waiting == 1 or waiting * size > MAX_UNBOOKED:
+                    self._owe(waiting * size, now)
+            return True
         if now < self._takes_short_until and session is self.current and len(plain) >= IPV4_HEADER:
             least, length, its_source = IPV4_HEADER, 0, b""
             if plain[0] == PLAIN_IPV4:
@@ -377,14 +429,17 @@ class Peer:
                 least, length, its_source = IPV6_HEADER, (plain[4] << 8 | plain[5]) + IPV6_HEADER, plain[8:24]
             if least <= length <= len(plain) and (self.allowed is None or its_source in self.allowed):
                 inbox.append(plain if length == len(plain) else plain[:length])
-                self._unbooked.append(partial(self._book_received, session, counter, path, size, length, now))
+                self._unbooked.append(((), session, counter, path, size, length, now))
+                waiting = len(self._unbooked)
+                if waiting == 1 or waiting * size > MAX_UNBOOKED:
+                    self._owe(waiting * size, now)
                 return True
         self._book()
         self._has_news = True
         if path is not None:
             path.received(1, size, size)
         self._take_one(session, counter, plain, source, path, size, now, inbox, out)
-        return True
+        return False
 
     def _take_one(
         self,
@@ -657,6 +712,7 @@ class Peer:
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
+        self._book()
         self.look_again()
         for timer in self.timers.expired(now):
             self._expired(timer, now, out)
@@ -721,6 +777,7 @@ class Peer:
 
     def begin_receipts_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""
+        self._book()
         self.receipts.begin_afresh(now)
         self.told.begin_afresh()
 

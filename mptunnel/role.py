@@ -64,6 +64,7 @@ class Role:
         self.drops: Counter[str] = Counter()
         self.key = noise.StaticKey(private_key)
         self.identity = Identity(self.key, noise.Timestamps(reserved), entropy, rng, self.drops, capabilities)
+        self.ledger = self.identity.ledger
         self._door = Door(self.key, entropy)
         self._file = file
         self._started_at = now
@@ -104,30 +105,34 @@ class Role:
         self._events = []
         return events
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
+    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> bool:
         """Take datagrams of `size` bytes each (the last may be shorter) that came from one source.
 
-        IP packets are appended to `inbox`.
+        IP packets are appended to `inbox`. Returns whether that is all for now; else `finish_turn` is due in this turn.
         """
         if self._meter is not None:
             self._meter(source, -(-len(datagrams) // max(1, size)), len(datagrams))
         if len(datagrams) > size:
             for run in same_headers(datagrams, size):
                 self._receive_run(run, size, source, now, inbox)
-            return
+            return False
         if len(datagrams) >= OVERHEAD:
             kind, index, counter = TRANSPORT_HEADER.unpack_from(datagrams)
             if kind == TRANSPORT:
                 peer, session = self.identity.indices.owners.get(index, _NOBODY)
                 if peer is None or session is None:
                     self.drops["unknown index"] += 1
-                elif peer.receive_one(session, counter, datagrams, source, now, inbox, self.out):
+                elif not peer.receive_one(session, counter, datagrams, source, now, inbox, self.out):
                     self._busy.add(peer)
-                return
+                    return False
+                return True
         self._collect(datagrams, source)
+        return False
 
     def finish_turn(self, now: float) -> None:
         """All data of this turn has been taken: now what came of it for the peers, then some handshakes."""
+        if now >= self.ledger.due:
+            self._busy |= self.ledger.take()
         if self._busy:
             busy, self._busy = self._busy, set()
             for peer in busy:

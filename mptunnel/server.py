@@ -135,16 +135,15 @@ class Server(Role):
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
             return None
         peer = self._peer_at.get(bytes(frame[_DESTINATION]))
-        if peer is None or now >= peer.short_until or not peer.takes_partial:
+        if peer is None or now >= peer.short_until:
             return None
-        self._busy.add(peer)
         return peer.seal_one(frame[VNET_SIZE:], now)
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        return self._heap[0][0] if self._heap else INF
+        return min(self._heap[0][0], self.ledger.due) if self._heap else self.ledger.due
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due; what becomes due by that is done in the next turn, so that a turn always ends."""

@@ -38,6 +38,7 @@ _TUNSETOFFLOAD = 0x400454D0
 _F_TCP = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, TSO4, TSO6, TSO_ECN
 _F_UDP = 0x20 | 0x40  # TUN_F_USO4, USO6 (Linux 6.2)
 _IFREQ = struct.Struct("16sH22x")
+_NONE_WAITS = frozenset({errno.EAGAIN, errno.EIO})  # EIO: the device is down
 _SLACK = 512  # an administrator may raise the MTU behind our back
 _LARGEST = 65535 + VNET_SIZE
 
@@ -67,8 +68,8 @@ class Tun:
         """Return the descriptor to wait for."""
         return self._fd
 
-    def read(self, most: int = BATCH) -> list[memoryview]:
-        """Return the frames that wait, `most` or 64 at most. Raises OSError if the device has gone."""
+    def read(self) -> list[memoryview]:
+        """Return the frames that wait, 64 at most. Raises OSError if the device has gone."""
         frames: list[memoryview] = []
         fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
         try:
@@ -76,21 +77,33 @@ class Tun:
                 length = readv(fd, target) + skipped
                 frames.append(buffer[:length])
                 total += length
-                if total > BATCH_BYTES or len(frames) >= most:
+                if total > BATCH_BYTES:
                     break
-        except BlockingIOError:
-            pass
         except OSError as error:
-            if error.errno != errno.EIO:  # EIO: the device is down
+            if error.errno not in _NONE_WAITS:
                 raise
         return frames
 
+    def read_one(self) -> memoryview | None:
+        """Return the frame that has waited longest, None if none waits. Raises OSError if the device has gone."""
+        try:
+            length = os.readv(self._fd, self._targets[0])
+        except OSError as error:
+            if error.errno in _NONE_WAITS:
+                return None
+            raise
+        return self._buffers[0][: length + self._skipped]
+
     def write(self, packets: Sequence[Buffer]) -> int:
         """Hand IP packets to the kernel, together where it takes them so; return how many it did not take."""
+        if len(packets) == 1:
+            try:
+                os.writev(self._fd, [packets[0]] if self._skipped else single(packets[0]))
+            except OSError:
+                return 1
+            return 0
         if self._skipped:
             return sum(not self._takes([packet]) for packet in packets)
-        if len(packets) == 1:
-            return int(not self._takes(single(packets[0])))
         if not self.takes_tcp:
             return sum(not self._takes(single(packet)) for packet in packets)
         at = refused = 0

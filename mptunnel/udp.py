@@ -148,24 +148,29 @@ class PathSocket(Receiver):
     def send(self, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
         length = len(data)
-        self.unseen += length
-        send, refused, why = self._socket.send, 0, ""
+        refused, why = 0, ""
         if size < length and self.sends_runs:
             try:
                 if self._send_run(data, size, []):
+                    self.unseen += length
                     return 0, ""
             except OSError as error:
                 return -(-length // size), _name(error)
         for at in range(0, length, size):
-            datagram = data[at : at + size] if size < length else data
-            try:
-                send(datagram)
-            except OSError as error:
-                if error.errno in _PENDING and self._sends_now(datagram):
-                    continue
+            if failure := self.send_one(data[at : at + size] if size < length else data):
                 refused += 1
-                why = _name(error)
+                why = failure
         return refused, why
+
+    def send_one(self, datagram: bytes | memoryview) -> str:
+        """Send a datagram of its own; return why it was refused, nothing if it was not."""
+        self.unseen += len(datagram)
+        try:
+            self._socket.send(datagram)
+        except OSError as error:
+            if error.errno not in _PENDING or not self._sends_now(datagram):
+                return _name(error)
+        return ""
 
     def _sends_now(self, datagram: bytes | memoryview) -> bool:
         """Whether it goes at the second try: an ICMP message about an earlier datagram fails one call unsent."""
@@ -228,22 +233,28 @@ class ServerSocket(Receiver):
 
     def send(self, to: Endpoint, data: bytes | memoryview, size: int) -> tuple[int, str]:
         """Send a run of datagrams of `size` bytes each; return how many were refused, and why."""
-        address, ancillary = self._ways.get(to) or self._way(to)
         refused, why, length = 0, "", len(data)
         if size < length and self.sends_runs:
+            address, ancillary = self._ways.get(to) or self._way(to)
             try:
                 if self._send_run(data, size, ancillary, address):
                     return 0, ""
             except OSError as error:
                 return -(-length // size), _name(error)
         for at in range(0, length, size):
-            datagram = data[at : at + size] if size < length else data
-            try:
-                self._socket.sendmsg([datagram], ancillary, 0, address)
-            except OSError as error:
+            if failure := self.send_one(to, data[at : at + size] if size < length else data):
                 refused += 1
-                why = _name(error)
+                why = failure
         return refused, why
+
+    def send_one(self, to: Endpoint, datagram: bytes | memoryview) -> str:
+        """Send a datagram of its own; return why it was refused, nothing if it was not."""
+        address, ancillary = self._ways.get(to) or self._way(to)
+        try:
+            self._socket.sendmsg([datagram], ancillary, 0, address)
+        except OSError as error:
+            return _name(error)
+        return ""
 
 
 _PENDING: Final = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES})

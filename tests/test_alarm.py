@@ -46,14 +46,16 @@ def arrivals(net: Simnet) -> list[float]:
     times: list[float] = []
     receive = net.client.receive
 
-    def noting(datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Any]) -> None:
+    def noting(datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Any]) -> bool:
         before = net.peer.heard_at
         net.peer.heard_at = -1.0
-        receive(datagrams, size, source, now, inbox)
+        is_all = receive(datagrams, size, source, now, inbox)
+        net.peer.next_deadline()  # now it is in the books
         if net.peer.heard_at == now:
             times.append(now)
         else:
             net.peer.heard_at = before
+        return is_all
 
     net.client.receive = noting  # type: ignore[method-assign]
     return times

@@ -43,7 +43,13 @@ class Device:
     def fileno(self) -> int:
         return self._near.fileno()
 
-    def read(self, most: int) -> list[memoryview]:
+    def read(self) -> list[memoryview]:
+        return self._frames(READS_PER_TURN)
+
+    def read_one(self) -> memoryview | None:
+        return next(iter(self._frames(1)), None)
+
+    def _frames(self, most: int) -> list[memoryview]:
         if self.has_gone:
             raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
         frames: list[memoryview] = []
@@ -81,7 +87,7 @@ class Turning(ServerLoop):
         """Let it have a control socket, as `run` does."""
         server = control.ControlServer(path, lambda verb, _: verb)
         self._control = server
-        self._watch(server.fileno(), lambda moment: server.ready(server.fileno(), moment))
+        self._watch(server.fileno(), self._control_ready)
         return server
 
     @property
@@ -107,7 +113,7 @@ def test_what_comes_alone_is_read_once_and_never_in_vain(turning: Turning) -> No
 
 
 def test_a_burst_is_read_in_few_turns(turning: Turning) -> None:
-    turning.turns(1)
+    turning.turns(2)  # the second one waits
     for _ in range(180):
         turning.device.far.send(FRAME)
     turning.turns(CALM + 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.simnet import CLIENT_PUBLIC, TARGET, TUNNEL4, Simnet, Traffic, Wire, ipv4, snapshot, stranger
@@ -31,7 +33,13 @@ def test_time_jumps_from_one_thing_to_the_next() -> None:
 def test_a_wire_delays_loses_and_doubles_as_told() -> None:
     net = Simnet(Wire(delay=0.25, loss_up=0.3, duplicate=0.5), seed=4)
     came: list[float] = []
-    net.server.receive = lambda data, *_: came.append(net.now) if data == b"x" else None  # type: ignore[method-assign]
+
+    def noting(data: memoryview, size: int, source: Any, now: float, inbox: list[Any]) -> bool:
+        if bytes(data) == b"x":
+            came.append(net.now)
+        return True
+
+    net.server.receive = noting  # type: ignore[assignment, method-assign]
     net.run(1.0)
     sent = net.wires[0].counts["up"]
     for _ in range(1000):
