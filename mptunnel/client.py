@@ -274,7 +274,7 @@ class Client(Role):
         peer = self._peer
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4 or self._meter is not None:
             return None
-        if now >= peer.short_until:
+        if now >= peer.short_until or not peer.takes_partial:
             return None
         return peer.seal_one(frame[VNET_SIZE:], now)
 
@@ -292,6 +292,7 @@ class Client(Role):
         """Do what is due."""
         if now >= self._peer.scheduled_at:
             self._peer.handle_timeout(now, self.out)
+            self._peer.renew_short_way(now)
             self._after(self._peer, now)
         if now >= self._join_until:
             self._join_until = INF
@@ -396,6 +397,7 @@ class Client(Role):
                 return
         elif path.is_open:
             path.closed(now)
+            self._peer.look_again()
             self._events.append(ClosePath(path.id))
         self._route_path(path.id, way)
 
@@ -702,6 +704,7 @@ class Client(Role):
 
     def status(self, now: float) -> dict[str, Any]:
         """The status object, format 1."""
+        self.book()
         return client_status(
             self._state,
             now - self._started_at,

@@ -117,6 +117,11 @@ class ClientPeer(Peer):
                 chosen.append((path, path.endpoint, fits))
         return chosen
 
+    def _free_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
+        carriers = self._carriers(now) if self.is_multipath else []
+        is_free = all(path.state is PathState.FRESH and not path.is_limited(now) for path in carriers)
+        return [(path, path.endpoint) for path in carriers] if is_free else []
+
     def _choose_endpoint(self, count: int, size: int, now: float) -> Sequence[tuple[None, Any, int]]:
         """Return the one way to a stock peer; little goes there while it may be one of ours that has not said so."""
         if self.endpoint is not None and now < self._stock_from:

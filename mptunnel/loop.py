@@ -447,7 +447,9 @@ class ClientLoop(Loop):
     def _send_one(self, datagram: bytes, ways: Sequence[tuple[Path, int]], moment: float) -> bool:
         is_all = True
         for _, to in ways:
-            sock = self._sockets[to]
+            sock = self._sockets.get(to)
+            if sock is None:  # closed a moment ago
+                continue
             why = sock.send_one(datagram)
             if why:
                 self._role.not_sent(to, 1, len(datagram), why, now())

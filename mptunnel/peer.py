@@ -13,11 +13,12 @@ gets any further. Then, once for the batch: confirm, timers, credit of the path;
 keepalive, a first byte below 0x10 a control message (its subclass knows which), else an IP packet, which must come
 from an address that the peer may use.
 
-**The short way.** With cold caches what takes long is deciding. So a packet that comes alone, less than 20 ms after
-another one, goes by the paths which that one went by, and is taken without asking what that one had to be asked;
-anything but such packets (a control message, a deadline, a session, a path) ends this, and the next one is looked at
-again. What has gone the short way, and copies that came alone, are entered in the books together: after 4 KiB, 20 ms
-late at the most, and before anything that does not go the short way looks at them.
+**The short way.** With cold caches what takes long is deciding. So a packet that comes alone, less than 50 ms after
+another one, goes by the paths which that one went by, and is taken without asking what that one had to be asked.
+Anything but such packets (a control message, a deadline, a session, a path) ends this. What has gone the short way, and
+copies that came alone, are entered in the books together: after 16 KiB, 20 ms late at the most, and before anything
+that does not go the short way looks at them. That is when it is decided anew whether the next packets go the short way,
+so that none of them has to wait for it; but one in a second is looked at closely.
 
 A stock peer has one endpoint, the source of its newest authentic datagram, and gets one copy. Everything about
 several paths is in the two subclasses, `ServerPeer` and `ClientPeer`.
@@ -54,8 +55,10 @@ log = logging.getLogger(__name__)
 MAX_STAGED: Final = 128
 MAX_COOKIES: Final = 16
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
-SHORT_WAY: Final = 0.02  # s for which single packets are treated like the one before, unless something happens
-MAX_UNBOOKED: Final = 4096  # bytes of them that wait to be entered in the books
+SHORT_WAY: Final = 0.05  # s for which single packets are treated like the one before, unless something happens
+CLOSE_LOOK: Final = 1.0  # s after which one of them is looked at closely
+BOOKED_WITHIN: Final = 0.02  # s
+MAX_UNBOOKED: Final = 16384  # bytes of them that wait to be entered in the books
 A_COPY: Final = -1  # in an entry: the length of a packet that is there already
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
 
@@ -187,11 +190,14 @@ class Peer:
         self._answered: tuple[bytes, bytes, float] = (b"", b"", -INF)
         self._serial = 0
         self._was_renewed_at_its_end = False
-        self._ways: list[tuple[Path, Any]] = []  # that the last single packet went
+        self._ways: Sequence[tuple[Path, Any]] = ()  # that the last single packet went
         self.short_until = -INF  # when they must be decided anew
         self._unbooked: list[Entry] = []  # what went the short way, in the order in which it did
         self._has_news = False  # whether anything else has happened since it was asked last
         self._takes_short_until = -INF  # when what comes in must be looked at anew
+        self._sent_alone_at = self._came_alone_at = -INF  # what has gone the short way last, as far as it is booked
+        self._sends_looked_at = self._takes_looked_at = -INF  # when a single packet was looked at closely
+        self._looked_under: Session | None = None  # and under which session the latter came
 
     # -- sending ---------------------------------------------------------------------------------------
 
@@ -201,11 +207,11 @@ class Peer:
             datagram, ways = self.seal_one(packets[0], now)
             out += [Transmit(to, datagram, len(datagram)) for _, to in ways]
         else:
-            self._book()
+            self.book()
             self._has_news = True
             self._send_batch(packets, now, out)
 
-    def seal_one(self, packet: Buffer, now: float) -> tuple[bytes, list[tuple[Path, Any]]]:
+    def seal_one(self, packet: Buffer, now: float) -> tuple[bytes, Sequence[tuple[Path, Any]]]:
         """Seal a packet that goes the short way, before `short_until`; return the datagram and where it goes."""
         session = self.current
         assert session is not None  # noqa: S101  see `look_again`
@@ -257,18 +263,19 @@ class Peer:
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
             self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
-            is_short = self.takes_partial and len(self._ways) == len(chosen)
-            self.short_until = now + SHORT_WAY if is_short else -INF
+            self.short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
+            self._sends_looked_at = self._sent_alone_at = now
 
     # -- the short way ---------------------------------------------------------------------------------
 
-    def finish_turn(self) -> bool:
+    def finish_turn(self, now: float) -> bool:
         """Count what has gone the short way; return whether there is news, or a deadline before `scheduled_at`."""
-        self._book()
+        self.book()
+        self.renew_short_way(now)
         has_news, self._has_news = self._has_news, False
         return has_news
 
-    def _book(self) -> None:
+    def book(self) -> None:
         """Enter in the books what has gone the short way: it goes on first, and is counted when there is time."""
         for ways, session, counter, path, size, length, now in self._unbooked:
             if ways:
@@ -285,11 +292,11 @@ class Peer:
         """There are `size` bytes that are not in the books: the first in a while, or the last that may wait."""
         ledger = self.identity.ledger
         ledger.owing.add(self)
-        ledger.due = min(ledger.due, now + SHORT_WAY if size <= MAX_UNBOOKED else -INF)
+        ledger.due = min(ledger.due, now + BOOKED_WITHIN if size <= MAX_UNBOOKED else -INF)
 
     def _book_sent(self, ways: Sequence[tuple[Path, Any]], size: int, length: int, now: float) -> float:
         """A packet of `length` bytes went out in datagrams of `size` bytes; return the deadline that this sets."""
-        self.data_at = now
+        self.data_at = self._sent_alone_at = now
         self.packets_sent += 1
         self.bytes_sent += length
         for path, _ in ways:
@@ -300,7 +307,7 @@ class Peer:
         self, session: Session, counter: int, path: Path | None, size: int, length: int, now: float
     ) -> float:
         """A packet of `length` bytes came in a datagram of `size` bytes; return the deadline that this sets."""
-        self.heard_at = self.data_at = now
+        self.heard_at = self.data_at = self._came_alone_at = now
         self.packets_received += 1
         self.bytes_received += length
         if path is not None:
@@ -318,6 +325,22 @@ class Peer:
     def look_again(self) -> None:
         """Something has happened: nothing goes the short way before it has been looked at again."""
         self.short_until = self._takes_short_until = -INF
+
+    def renew_short_way(self, now: float) -> None:
+        """Let packets that come alone go on the short way, if they went it lately and nothing is against it."""
+        session = self.current
+        if session is None or not self.is_multipath:
+            return
+        if now - self._sent_alone_at < SHORT_WAY and now - self._sends_looked_at < CLOSE_LOOK:
+            ways = self._free_ways(now)
+            if ways and session.is_alive(now) and not self._wants_successor(session, now):
+                self._ways, self.short_until = ways, now + SHORT_WAY
+        if (
+            now - self._came_alone_at < SHORT_WAY
+            and now - self._takes_looked_at < CLOSE_LOOK
+            and session is self._looked_under
+        ):
+            self._takes_short_until = now + SHORT_WAY
 
     def _stage(self, packets: Sequence[Buffer]) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
@@ -361,7 +384,7 @@ class Peer:
 
         Returns whether anything new and authentic was among them.
         """
-        self._book()
+        self.book()
         path, data_before = self.sources.get(source), self.data_at
         opened = session.open(datagrams, size, None if path is None else path.id, now)
         new = len(opened.plain)
@@ -434,7 +457,7 @@ class Peer:
                 if waiting == 1 or waiting * size > MAX_UNBOOKED:
                     self._owe(waiting * size, now)
                 return True
-        self._book()
+        self.book()
         self._has_news = True
         if path is not None:
             path.received(1, size, size)
@@ -464,6 +487,8 @@ class Peer:
                 self._data_received(session, data, path, now)
                 if self.is_multipath and session is self.current:
                     self._takes_short_until = now + SHORT_WAY
+                    self._takes_looked_at = self._came_alone_at = now
+                    self._looked_under = session
         else:
             session.window.mark_control(counter)
             if plain:
@@ -686,7 +711,7 @@ class Peer:
 
     def _drop(self, session: Session | None) -> None:
         if session is not None:
-            self._book()
+            self.book()
             self.look_again()
             self.identity.indices.drop(session.local_index)
             self.receipts.retire(session, self._paths_in_use())
@@ -707,12 +732,12 @@ class Peer:
 
     def next_deadline(self) -> float:
         """When `handle_timeout` is due."""
-        self._book()
+        self.book()
         return self.timers.next_deadline()
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
         """Do what is due."""
-        self._book()
+        self.book()
         self.look_again()
         for timer in self.timers.expired(now):
             self._expired(timer, now, out)
@@ -777,7 +802,7 @@ class Peer:
 
     def begin_receipts_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""
-        self._book()
+        self.book()
         self.receipts.begin_afresh(now)
         self.told.begin_afresh()
 
@@ -803,6 +828,10 @@ class Peer:
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[Path | None, Any, int]]:
         """Which ways get how many leading datagrams of a run. A stock peer: its endpoint, all."""
         return [] if self.endpoint is None else [(None, self.endpoint, count)]
+
+    def _free_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
+        """All ways that a packet goes now, if none of them is limited in what it takes; else none."""
+        return []
 
     def _handshake_ways(self, now: float) -> list[Any]:
         return [] if self.endpoint is None else [self.endpoint]

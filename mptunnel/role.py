@@ -136,7 +136,7 @@ class Role:
         if self._busy:
             busy, self._busy = self._busy, set()
             for peer in busy:
-                if peer.finish_turn():
+                if peer.finish_turn(now):
                     self._after(peer, now)
         if not self._handshakes:
             return
@@ -145,6 +145,11 @@ class Role:
         for _ in range(min(MAX_TAKEN, len(self._handshakes))):
             message, source = self._handshakes.popleft()
             self._take_handshake(message, source, now)
+
+    def book(self) -> None:
+        """Enter in the books what has gone the short way: before anybody reads them."""
+        for peer in self.ledger.owing:
+            peer.book()
 
     def _receive_run(self, run: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
         if len(run) > size and len(run) % size and len(run) % size < OVERHEAD:

@@ -135,7 +135,7 @@ class Server(Role):
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
             return None
         peer = self._peer_at.get(bytes(frame[_DESTINATION]))
-        if peer is None or now >= peer.short_until:
+        if peer is None or now >= peer.short_until or not peer.takes_partial:
             return None
         return peer.seal_one(frame[VNET_SIZE:], now)
 
@@ -155,6 +155,7 @@ class Server(Role):
                 due.append(peer)
         for peer in due:
             peer.handle_timeout(now, self.out)
+            peer.renew_short_way(now)
             self._after(peer, now)
 
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
@@ -377,6 +378,7 @@ class Server(Role):
 
     def status(self, now: float) -> dict[str, Any]:
         """The status object, format 1."""
+        self.book()
         return {
             "format": 1,
             "version": __version__,

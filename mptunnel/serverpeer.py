@@ -250,6 +250,10 @@ class ServerPeer(Peer):
         allot(carriers, count * size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
+    def _free_ways(self, now: float) -> list[tuple[ClientPath, Any]]:
+        carriers = self._carriers(now)
+        return [] if any(path.is_limited(now) for path in carriers) else [(path, path.id) for path in carriers]
+
     def _carriers(self, now: float) -> list[ClientPath]:
         if self.takes_one_copy:
             single = self._single_path()

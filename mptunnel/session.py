@@ -73,19 +73,17 @@ class ReplayWindow:
         self.top = -1
         self.width = width
 
-    def is_fresh(self, counter: int) -> bool:
-        """Whether a datagram with this counter may still be opened; read-only, so safe before authentication."""
-        if counter > self.top:
-            return True
-        return counter > self.top - self.width and not self._first[counter & _MASK]
-
     def refuses(self, counter: int, path: int | None) -> Refused | None:
-        """Return why a counter up to `top` is not wanted, None if it is; a seen one is credited to the path."""
-        if self.is_fresh(counter):
-            return None
+        """Return why a counter up to `top` is not wanted, None if it is; a seen one is credited to the path, once."""
         if counter <= self.top - self.width:
             return Refused.LATE
-        return Refused.CREDITED if path is not None and self.credit(counter, path) else Refused.REPEATED
+        at = counter & _MASK
+        if not self._first[at]:
+            return None
+        if path is None or self._paths[at] >> path & 1:
+            return Refused.REPEATED
+        self._paths[at] |= 1 << path
+        return Refused.CREDITED
 
     def mark(self, counter: int, path: int | None = None) -> None:
         """Remember an authenticated counter, and the path that brought it first."""
@@ -117,15 +115,6 @@ class ReplayWindow:
         if first + count - 1 > self.top or first <= self.top - self.width:
             return False
         return all(self._first.find(b"\0", low, high) < 0 for low, high in _spans(first, count))
-
-    def credit(self, counter: int, path: int) -> int:
-        """Note that `path` delivered this seen counter too; return 1 if that is news."""
-        at, bit = counter & _MASK, 1 << path
-        before = self._paths[at]
-        if before & bit:
-            return 0
-        self._paths[at] = before | bit
-        return 1
 
     def credit_run(self, first: int, count: int, path: int) -> int:
         """Note that `path` delivered these seen counters too; return for how many of them that is news."""

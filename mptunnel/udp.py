@@ -54,7 +54,7 @@ _GRO_SIZE = struct.Struct("=i")
 _NOT_SO = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})  # this form is not to be had here
 _PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
 _PKTINFO6 = struct.Struct("=16sI")  # destination, interface
-_PKTINFO = frozenset({(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO), (socket.IPPROTO_IP, _IP_PKTINFO)})
+_PKTINFO = frozenset({socket.IPV6_PKTINFO, _IP_PKTINFO})  # no two kinds that a socket of ours may bring are alike
 _DROPS = struct.Struct("=I")
 _ANCILLARY = 256
 
@@ -199,12 +199,12 @@ class ServerSocket(Receiver):
         """Return the next run, in a buffer that is used again, its datagrams' size and source. Raises OSError."""
         length, ancillary, _, address = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
         local, size = b"", length
-        for level, kind, data in ancillary:
-            if (level, kind) in _PKTINFO:
+        for _, kind, data in ancillary:
+            if kind in _PKTINFO:
                 local = data
-            elif level == _SOL_UDP and kind == _UDP_GRO:
+            elif kind == _UDP_GRO:
                 (size,) = _GRO_SIZE.unpack_from(data)
-            elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+            elif kind == _SO_RXQ_OVFL:
                 self._note_overruns(data)
         source = self._known.get((address, local))
         return self._buffer[:length], size, source or self._meet(address, local)

@@ -17,6 +17,7 @@ from mptunnel.noise import SessionKeys
 from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import WINDOW, Session
 from tests.count import Key, account
+from tests.windows import is_fresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ class Direction:
         for now, _, path, under, counter, packets in due:
             if settle_at <= now:
                 settle_at = self.receipts.settle(self.in_use, now)
-            if under.window.is_fresh(counter):
+            if is_fresh(under.window, counter):
                 under.window.mark(counter, path)
                 if packets < 0:
                     self.receipts.arrived(under, [counter], now, path)

@@ -27,6 +27,7 @@ from mptunnel.session import (
     same_headers,
     sealed_size,
 )
+from tests.windows import is_fresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +78,7 @@ def test_the_window_agrees_with_a_plain_set(width: int, start: int, data: st.Dat
         count, path = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 7))
         run = range(first, first + count)
         fresh = [counter for counter in run if counter not in accepted and counter > top - width]
-        assert [counter for counter in run if window.is_fresh(counter)] == fresh
+        assert [counter for counter in run if is_fresh(window, counter)] == fresh
         has_all = all(counter in accepted and counter > top - width for counter in run)
         assert window.seen_run(first, count) == has_all
         if has_all:
@@ -104,9 +105,9 @@ def test_random_walks_through_the_window_deliver_nothing_twice(width: int) -> No
     rng, window, accepted, top = random.Random(width), ReplayWindow(width), set[int](), -1
     for _ in range(20_000):
         counter = max(0, top + rng.choice((1, 1, 1, 2, -1, -5, rng.randrange(-2 * width, 1), rng.randrange(3 * width))))
-        is_fresh = counter not in accepted and counter > top - width
-        assert window.is_fresh(counter) == is_fresh
-        if is_fresh:
+        is_new = counter not in accepted and counter > top - width
+        assert is_fresh(window, counter) == is_new
+        if is_new:
             window.mark(counter, counter % 8)
             accepted.add(counter)
             top = max(top, counter)
@@ -131,10 +132,10 @@ def test_the_edges_are_those_of_the_kernels_own_test(width: int) -> None:
 
 
 def take(window: ReplayWindow, counter: int) -> bool:
-    is_fresh = window.is_fresh(counter)
-    if is_fresh:
+    is_new = is_fresh(window, counter)
+    if is_new:
         window.mark(counter)
-    return is_fresh
+    return is_new
 
 
 @pytest.mark.parametrize("width", [64, NARROW_WINDOW])
@@ -169,7 +170,7 @@ def test_a_jump_over_the_whole_ring_forgets_what_was_in_it() -> None:
     window = ReplayWindow(WINDOW)
     window.mark_run(0, 100, 1)
     window.mark(7 * WINDOW, 2)
-    assert all(window.is_fresh(6 * WINDOW + counter) for counter in range(1, 100))
+    assert all(is_fresh(window, 6 * WINDOW + counter) for counter in range(1, 100))
     assert window.deliveries(6 * WINDOW + 1, 6 * WINDOW + 99) == (bytes(99), bytes(99))
 
 
@@ -180,7 +181,7 @@ def test_who_delivered_is_remembered_with_and_without_a_path() -> None:
     window.mark(2, 0)
     window.mark_control(2)
     assert window.deliveries(0, 2) == (bytes((NO_PATH, FIRST_PATH + 5, CONTROL)), bytes((0, 1 << 5, 1)))
-    assert not any(window.is_fresh(counter) for counter in range(3))
+    assert not any(is_fresh(window, counter) for counter in range(3))
 
 
 # -- opening -----------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_a_forged_datagram_in_a_run_costs_only_itself_and_leaves_no_mark(forged:
     assert opened.plain == [plain for number, plain in enumerate(plains(10)) if number != forged]
     assert list(opened.counters) == [number for number in range(10) if number != forged]
     assert (opened.bad, opened.repeated, opened.credited) == (1, 0, 0)
-    assert receiver.window.is_fresh(forged)
+    assert is_fresh(receiver.window, forged)
     assert deliver(receiver, [run[forged]]).plain == [plains(10)[forged]]
 
 

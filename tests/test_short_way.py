@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_client_may_be_removed_in_the_turn_in_which_its_packet_came() -> None:
     net.run(0.1)
     session = net.peer.current
     assert session is not None
-    net.guest.finish_turn()  # what has come so far is in the books
+    net.guest.next_deadline()  # what has come so far is in the books
     before = net.guest.packets_received
     datagram = session.seal(ipv4(CLIENT, TARGET, b"x"), 1280)
     guest = net.guest
@@ -129,3 +130,86 @@ def test_it_lets_nothing_through_that_the_long_way_would_not(what: str) -> None:
     assert {name: net.server.drops[name] for name in ("source not allowed", "malformed IP packet")} == {
         name: int(name == complaint) for name in ("source not allowed", "malformed IP packet")
     }
+
+
+def lone(net: Simnet, count: int, payload: bytes = b"x") -> list[Buffer]:
+    """Let datagrams come at the server one by one, each alone, while traffic runs; return what they brought."""
+    session = net.peer.current
+    assert session is not None
+    inbox: list[Buffer] = []
+    for _ in range(count):
+        datagram = session.seal(ipv4(CLIENT, TARGET, payload), 1280)
+        assert net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
+    return inbox
+
+
+def in_traffic() -> Simnet:
+    """Return a network in which single packets go the short way, and nothing waits to be booked."""
+    net = Simnet(Wire(delay=0.01), Wire(delay=0.015))
+    net.run(3.0)
+    Traffic(net, RATE).start(1.0)
+    net.run(0.1)
+    net.server.finish_turn(net.now + peer.BOOKED_WITHIN)
+    return net
+
+
+def test_what_went_the_short_way_is_in_the_books_within_20_ms() -> None:
+    net = in_traffic()
+    before = net.guest.packets_received
+    assert len(lone(net, 3)) == 3
+    due = net.now + peer.BOOKED_WITHIN
+    assert net.server.next_deadline() <= due
+    net.server.finish_turn(due - 0.001)
+    assert net.guest.packets_received == before
+    net.server.finish_turn(due)
+    assert net.guest.packets_received == before + 3
+
+
+def test_much_of_it_is_booked_at_once() -> None:
+    net = in_traffic()
+    before, payload = net.guest.packets_received, bytes(1200)
+    lone(net, peer.MAX_UNBOOKED // 1200 + 1, payload)
+    net.server.finish_turn(net.now)
+    assert net.guest.packets_received == before + peer.MAX_UNBOOKED // 1200 + 1
+
+
+def test_who_asks_is_told_of_what_is_not_in_the_books_yet() -> None:
+    net = in_traffic()
+    net.server.status(net.now)
+    before = net.guest.packets_received
+    lone(net, 3)
+    assert net.guest.packets_received == before
+    net.server.status(net.now)
+    assert net.guest.packets_received == before + 3
+
+
+@pytest.mark.parametrize(("what", "who"), [("_take_one", "guest"), ("_send_batch", "peer")])
+def test_one_packet_in_a_second_is_looked_at_closely(what: str, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would see that a client under steady traffic says HELLO no more; not more, for all the probes."""
+    net = Simnet(Wire(delay=0.01), Wire(delay=0.015))
+    net.run(3.0)
+    looks: list[float] = []
+    plain = getattr(peer.Peer, what)
+
+    def noting(self: peer.Peer, *more: Any) -> None:
+        if self is getattr(net, who) and (what != "_take_one" or more[2][:1] >= b"\x10"):  # no control message
+            looks.append(net.now)
+        plain(self, *more)
+
+    monkeypatch.setattr(peer.Peer, what, noting)
+    Traffic(net, RATE).start(10.0)
+    net.run(10.0)
+    assert 8 <= len(looks) < 40, "most go the short way, and not for ever"
+    assert max(after - before for before, after in itertools.pairwise(looks)) < peer.CLOSE_LOOK + 0.1
+
+
+def test_a_path_that_moves_is_left_out_at_once() -> None:
+    net = Simnet(Wire(delay=0.01), Wire(delay=0.015))
+    net.run(3.0)
+    Traffic(net, RATE).start(1.0)
+    net.run(0.1)
+    assert net.now < net.peer.short_until
+    net.wires[0].address = "192.168.0.77"
+    net.client.links_changed(net.links(), net.now)
+    net.client.send([memoryview(PLAIN + ipv4(CLIENT, TARGET, b"y"))], net.now, [])
+    assert {transmit.to for transmit in net.client.transmits()} == {1}
