@@ -131,7 +131,7 @@ class Role:
 
     def finish_turn(self, now: float) -> None:
         """All data of this turn has been taken: now what came of it for the peers, then some handshakes."""
-        if now >= self.ledger.due:
+        if self.ledger.owing:
             self._busy |= self.ledger.take()
         if self._busy:
             busy, self._busy = self._busy, set()
