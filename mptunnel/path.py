@@ -328,8 +328,9 @@ class ClientPath(Path):
         self._enter(PathState.PROBING, now)
 
     def renew(self, incarnation: int, now: float) -> None:
-        """The server has forgotten us: count anew, on the same socket."""
+        """The server has forgotten us: count anew, on the same socket, and by another clock of its."""
         self.incarnation = incarnation
+        self.way_out, self.way_down = Delay(), Delay()
         self._restart_counts(now)
         self.probe_at = now
 

@@ -98,6 +98,20 @@ def test_a_path_that_loses_most_of_what_it_gets_is_held_and_the_other_gets_every
     assert down > 0
 
 
+def test_a_restarted_server_has_another_clock_and_that_is_no_queue() -> None:
+    net = Simnet(Wire(delay=0.0005), Wire(delay=0.02))
+    net.run(3.0)
+    Traffic(net, 500.0).start(30.0)
+    for _ in range(6):
+        net.run(4.0)
+        net.kill_server()
+        net.run(0.3)
+        net.start_server()
+    net.run(4.0)
+    assert net.told("client", NoticeKind.PATH_SLOW) == []
+    assert [path.withheld for path in net.client.paths.values()] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("side", "cut", "pause"), [("down", 0.39, 0.12), ("down", 0.5, 0.15), ("down", 0.2, 0.06), ("up", 0.3, 0.06)]
 )
