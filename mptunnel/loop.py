@@ -452,7 +452,7 @@ class ClientLoop(Loop):
             self._deliver()
 
     def _send_one(self, datagram: bytes, ways: Sequence[tuple[Path, int]], moment: float) -> bool:
-        is_all = True
+        is_all, is_worth_a_look = True, False
         for _, to in ways:
             sock = self._sockets.get(to)
             if sock is None:  # closed a moment ago
@@ -460,9 +460,9 @@ class ClientLoop(Loop):
             why = sock.send_one(datagram)
             if why:
                 self._role.not_sent(to, 1, len(datagram), why, now())
-            if why or sock.unseen >= QUEUE_WORTH_A_LOOK:
                 is_all = False
-        if not is_all:
+            is_worth_a_look = is_worth_a_look or sock.unseen >= QUEUE_WORTH_A_LOOK
+        if is_worth_a_look:
             self._look_at_queues(moment)
         return is_all
 

@@ -66,7 +66,6 @@ LOWEST_PACKET: Final = 0x10  # a lower first byte is a control message's
 
 _DROPS: Final = {
     Refused.REPEATED: "duplicate",
-    Refused.CREDITED: "duplicate",
     Refused.LATE: "below the window",
     Refused.BAD: "not authentic",
     Refused.EXPIRED: "key too old",
@@ -317,6 +316,7 @@ class Peer:
 
     def _book_copy(self, session: Session, counter: int, path: Path | None, size: int, now: float) -> float:
         """A datagram of `size` bytes came that another path had delivered; it sets no deadline."""
+        self.identity.drops["duplicate"] += 1
         if path is not None:
             path.received(1, size, 0)  # a copy seen before proves no size
             self.receipts.gaps.came((path.id,), session, counter, counter, now)
@@ -437,12 +437,13 @@ class Peer:
         number = None if path is None else path.id
         plain = session.open_one(datagram, counter, number, now)
         if isinstance(plain, Refused):
-            self.identity.drops[_DROPS[plain]] += 1
-            if plain is Refused.CREDITED:
-                self._unbooked.append(((), session, counter, path, size, A_COPY, now))
-                waiting = len(self._unbooked)
-                if waiting == 1 or waiting * size > MAX_UNBOOKED:
-                    self._owe(waiting * size, now)
+            if plain is not Refused.CREDITED:
+                self.identity.drops[_DROPS[plain]] += 1
+                return True
+            self._unbooked.append(((), session, counter, path, size, A_COPY, now))
+            waiting = len(self._unbooked)
+            if waiting == 1 or waiting * size > MAX_UNBOOKED:
+                self._owe(waiting * size, now)
             return True
         if now < self._takes_short_until and session is self.current and len(plain) >= IPV4_HEADER:
             least, length, its_source = IPV4_HEADER, 0, b""

@@ -154,6 +154,10 @@ class Phone(Stock):
         gateway = "fe80::1" if ":" in server else self._lab.gateway(path)
         self._lab.ip("cl", f"route replace {server} via {gateway} dev p{path}")
 
+    def forget_source(self) -> None:
+        """Let it choose anew where it sends from: wireguard-go keeps that with the endpoint."""
+        self.set_peer(self.server_key, "endpoint", self._said["Endpoint"])
+
 
 class Provider(Stock):
     """A stock server that knows one client, ours."""
