@@ -14,10 +14,11 @@ survivor is seconds behind. So a path gets less than everything, and the rest of
   delivers, or two datagrams.
 
 Held means: a rate, enforced by a bucket. While the queue stands, it is as much under what the path delivers as the
-queue is long, so that it drains within a second; when the queue is gone, it grows by a twentieth at a time, so that a
-link that has recovered is found out. Held for a loss that has ended, it doubles: nothing gets old by what is lost. A
-path that has not been at its limit for two seconds is held no more. The rate does not fall below 64 kbit/s: probes have
-to get through, and tell when it is better. The path with the least delay is exempt from all this (see `scheduler`).
+queue is long, so that it drains within a second. When the queue is gone, it is just under what the path delivered, and
+grows by a twentieth at a time from where it is, so that a link that has recovered is found out. Held for nothing but a
+loss that has ended, it doubles: nothing gets old by what is lost. A path that has not been at its limit for two seconds
+is held no more. The rate does not fall below 64 kbit/s: probes have to get through, and tell when it is better. The
+path with the least delay is exempt from all this (see `scheduler`).
 """
 
 from __future__ import annotations
@@ -182,17 +183,18 @@ class Cap:
             return True
         if stands or now - self._loses_since > LOSES_FOR:
             gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (queue - DRAINED) / DRAIN_TIME))
+            self._is_for_loss = not stands and (self.rate is None or self._is_for_loss)
             if self.rate is None:
                 self._tokens, self._at = 0.0, now
             self.rate = max(LEAST_RATE, gain * rate)
             self._limited_at = now
-            self._is_for_loss = not stands
         elif self.rate is not None:
             if now - self._limited_at > FREE_AFTER:
                 self.rate = None
             elif now - self._grown_at >= GROW_EVERY:
                 self._grown_at = now
-                self.rate = 2 * self.rate if self._is_for_loss else max(self.rate, GROWTH * rate)
+                grown = max(self.rate, MOST_GAIN * rate, GROWTH * min(self.rate, rate))
+                self.rate = 2 * self.rate if self._is_for_loss else grown
         return False
 
     def delivered_rate(self) -> float | None:

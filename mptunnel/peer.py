@@ -16,8 +16,8 @@ from an address that the peer may use.
 **The short way.** With cold caches what takes long is deciding. So a packet that comes alone, less than 50 ms after
 another one, goes by the paths which that one went by, and is taken without asking what that one had to be asked.
 Anything but such packets (a control message, a deadline, a session, a path) ends this. What has gone the short way, and
-copies that came alone, are entered in the books together: after 16 KiB, 20 ms late at the most, and before anything
-that does not go the short way looks at them. That is when it is decided anew whether the next packets go the short way,
+copies that came alone, are entered in the books together: after 4 KiB, 20 ms late at the most, and before anything that
+does not go the short way looks at them. That is when it is decided anew whether the next packets go the short way,
 so that none of them has to wait for it; but one in a second is looked at closely.
 
 A stock peer has one endpoint, the source of its newest authentic datagram, and gets one copy. Everything about
@@ -58,7 +58,8 @@ INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in 
 SHORT_WAY: Final = 0.05  # s for which single packets are treated like the one before, unless something happens
 CLOSE_LOOK: Final = 1.0  # s after which one of them is looked at closely
 BOOKED_WITHIN: Final = 0.02  # s
-MAX_UNBOOKED: Final = 16384  # bytes of them that wait to be entered in the books
+WORTH_BOOKING: Final = 4096  # bytes of them that are entered in the books at the next opportunity
+MAX_UNBOOKED: Final = 65536  # and at once
 A_COPY: Final = -1  # in an entry: the length of a packet that is there already
 ANSWER_LIFETIME: Final = 5.0  # how long a byte-identical initiation gets the same response
 
@@ -218,7 +219,7 @@ class Peer:
         size = len(datagram)
         self._unbooked.append((self._ways, session, 0, None, size, len(packet), now))
         waiting = len(self._unbooked)
-        if waiting == 1 or waiting * size > MAX_UNBOOKED:
+        if waiting == 1 or waiting * size > WORTH_BOOKING:
             self._owe(waiting * size, now)
         return datagram, self._ways
 
@@ -288,10 +289,13 @@ class Peer:
         self._unbooked.clear()
 
     def _owe(self, size: int, now: float) -> None:
-        """There are `size` bytes that are not in the books: the first in a while, or the last that may wait."""
+        """There are some `size` bytes that are not in the books: the first in a while, or many."""
         ledger = self.identity.ledger
         ledger.owing.add(self)
-        ledger.due = min(ledger.due, now + BOOKED_WITHIN if size <= MAX_UNBOOKED else -INF)
+        if size > MAX_UNBOOKED:
+            ledger.due = -INF
+        else:
+            ledger.due = min(ledger.due, now if size > WORTH_BOOKING else now + BOOKED_WITHIN)
 
     def _book_sent(self, ways: Sequence[tuple[Path, Any]], size: int, length: int, now: float) -> float:
         """A packet of `length` bytes went out in datagrams of `size` bytes; return the deadline that this sets."""
@@ -442,7 +446,7 @@ class Peer:
                 return True
             self._unbooked.append(((), session, counter, path, size, A_COPY, now))
             waiting = len(self._unbooked)
-            if waiting == 1 or waiting * size > MAX_UNBOOKED:
+            if waiting == 1 or waiting * size > WORTH_BOOKING:
                 self._owe(waiting * size, now)
             return True
         if now < self._takes_short_until and session is self.current and len(plain) >= IPV4_HEADER:
@@ -455,7 +459,7 @@ class Peer:
                 inbox.append(plain if length == len(plain) else plain[:length])
                 self._unbooked.append(((), session, counter, path, size, length, now))
                 waiting = len(self._unbooked)
-                if waiting == 1 or waiting * size > MAX_UNBOOKED:
+                if waiting == 1 or waiting * size > WORTH_BOOKING:
                     self._owe(waiting * size, now)
                 return True
         self.book()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -163,13 +164,15 @@ def test_what_went_the_short_way_is_in_the_books_within_20_ms() -> None:
     assert net.guest.packets_received == before + 3
 
 
-def test_much_of_it_is_booked_at_once() -> None:
+def test_more_of_it_is_booked_at_the_next_opportunity_and_much_at_once() -> None:
     net = in_traffic()
     before, payload = net.guest.packets_received, bytes(1200)
-    lone(net, peer.MAX_UNBOOKED // 1200 + 1, payload)
-    assert net.server.next_deadline() < net.now
+    lone(net, peer.WORTH_BOOKING // 1200 + 1, payload)
+    assert net.server.next_deadline() == net.now
+    lone(net, peer.MAX_UNBOOKED // 1200, payload)
+    assert net.server.next_deadline() == -math.inf
     net.server.finish_turn(net.now)
-    assert net.guest.packets_received == before + peer.MAX_UNBOOKED // 1200 + 1
+    assert net.guest.packets_received == before + peer.WORTH_BOOKING // 1200 + 1 + peer.MAX_UNBOOKED // 1200
 
 
 def test_who_asks_is_told_of_what_is_not_in_the_books_yet() -> None:
