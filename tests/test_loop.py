@@ -14,8 +14,9 @@ from mptunnel import control, loop
 from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
-from mptunnel.loop import CALM, READS_PER_TURN, ServerLoop
+from mptunnel.loop import CALM, READS_PER_TURN, ClientLoop, ServerLoop
 from mptunnel.packet import PLAIN
+from mptunnel.timers import INF
 from mptunnel.udp import ServerSocket
 from tests.simnet import TARGET, Simnet, Wire, ipv4
 
@@ -163,3 +164,39 @@ def test_a_full_control_socket_is_not_waited_for(
     turning._unwatch(server.fileno())
     turning._control = None
     server.close()
+
+
+def test_a_turn_in_which_all_went_the_short_way_ends_there_but_not_when_something_is_overdue(
+    turning: Turning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned: list[float] = []
+    turning.turns(2)
+    monkeypatch.setattr(turning._role, "send_one", lambda *_: (b"sealed", ()))
+    monkeypatch.setattr(turning._role, "finish_turn", turned.append)
+    turning.device.far.send(FRAME)
+    turning.turns(1)
+    assert turned == []
+    turning.device.far.send(FRAME)
+    turning._due = loop.now() - 1.0
+    turning.turns(1)
+    assert len(turned) == 1
+    turning.device.far.send(FRAME)
+    turning._ledger.due = -INF  # there is so much to be booked
+    turning.turns(1)
+    assert len(turned) == 2
+
+
+def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    class Socket:
+        unseen = 0
+
+        def send_one(self, datagram: bytes) -> str:
+            sent.append(datagram)
+            return ""
+
+    made = ClientLoop.__new__(ClientLoop)
+    monkeypatch.setattr(made, "_sockets", {1: Socket()}, raising=False)
+    assert made._send_one(b"sealed", [(None, 0), (None, 1)], 0.0)  # type: ignore[list-item]
+    assert sent == [b"sealed"]
