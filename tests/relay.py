@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mptunnel.packet import GSO_NONE, GSO_UDP_L4, MAX_SEGMENTS, PLAIN, VNET, VNET_SIZE, Buffer, coalesce, split
+from mptunnel.packet import GSO_NONE, GSO_UDP_L4, MAX_SEGMENTS, PLAIN, VNET, VNET_SIZE, Buffer, coalesce, single, split
 from mptunnel.tun import Tun
 
 MTU: Final = 1419  # odd, and so is what a segment holds
@@ -159,6 +159,8 @@ class Relay(threading.Thread):
         seen.written = max(seen.written, *map(len, again))
         before = _without_hint(bytes(frame))
         is_promised = 1 < len(pieces) <= MAX_SEGMENTS and (target.takes_udp or not is_udp)
+        if not self._wish.partial and any(single(piece)[0] != PLAIN for piece in pieces):
+            is_promised = False  # one full sum in 65,536 is what the partial one would be, and cannot be told from it
         if is_promised and list(map(_without_hint, again)) != [before]:
             head = VNET_SIZE + start + offset + 20
             seen.differing.append((before[:head].hex(), " ".join(each[:head].hex() for each in again)))
