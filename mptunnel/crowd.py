@@ -135,8 +135,7 @@ class _Idler:
         with contextlib.suppress(OSError):  # no more, or an ICMP message
             for _ in range(_READS if sock else 0):
                 assert sock  # noqa: S101
-                datagrams, size = sock.receive()
-                self._client.receive(datagrams, size, path, now, self._inbox)
+                self._client.receive(*sock.receive(), now, self._inbox)
         self._inbox.clear()
 
     def drain(self, now: float) -> None:

@@ -230,6 +230,31 @@ class Loop:
         """Send what the role wants sent."""
         raise NotImplementedError
 
+    def _reader_of(self, receive: Callable[[], tuple[memoryview, int, Any]]) -> Callable[[float], bool]:
+        """Return what takes the datagrams that wait in a socket, and says whether all of them went the short way."""
+        take, inbox = self._role.receive, self._inbox
+
+        def ready(moment: float) -> bool:
+            is_all = True
+            try:
+                for _ in range(READS_PER_TURN):
+                    datagrams, size, source = receive()
+                    is_all = take(datagrams, size, source, moment, inbox) and is_all
+                    if len(datagrams) == size or len(inbox) >= INBOX:
+                        if inbox:
+                            self._deliver()  # a datagram that came alone does not wait for others
+                        if self._is_calm:
+                            break
+            except BlockingIOError:
+                pass
+            except OSError as error:  # an ICMP message about some client, or about this path: a hint, nothing else
+                self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
+            if inbox:
+                self._deliver()
+            return is_all
+
+        return ready
+
     def _deliver(self) -> None:
         """Hand what came in to the kernel."""
         refused = self._tun.write(self._inbox)
@@ -377,7 +402,7 @@ class ServerLoop(Loop):
     ) -> None:
         super().__init__(settings, role, tun, the_host, state)
         self._socket = sock
-        self._watch(sock.fileno(), self._socket_ready)
+        self._watch(sock.fileno(), self._reader_of(sock.receive))
         self._tell_offload()
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
@@ -394,25 +419,6 @@ class ServerLoop(Loop):
             if why:
                 self._role.not_sent(to, 1, len(datagram), why)
                 is_all = False
-        return is_all
-
-    def _socket_ready(self, moment: float) -> bool:
-        receive, take, inbox, is_all = self._socket.receive, self._role.receive, self._inbox, True
-        try:
-            for _ in range(READS_PER_TURN):
-                datagrams, size, source = receive()
-                is_all = take(datagrams, size, source, moment, inbox) and is_all
-                if len(datagrams) == size or len(inbox) >= INBOX:
-                    if inbox:
-                        self._deliver()  # a datagram that came alone does not wait for others
-                    if self._is_calm:
-                        break
-        except BlockingIOError:
-            pass
-        except OSError as error:  # an ICMP message about some client: its affair
-            self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
-        if inbox:
-            self._deliver()
         return is_all
 
     def _send(self) -> None:
@@ -480,31 +486,6 @@ class ClientLoop(Loop):
             if sock.unseen >= QUEUE_WORTH_A_LOOK or sock.is_watched:
                 sock.is_watched = self._role.queue_seen(number, sock.queued(), moment)
 
-    def _path_ready(self, number: int) -> Callable[[float], bool]:
-        sock = self._sockets[number]
-        receive, take, inbox = sock.receive, self._role.receive, self._inbox
-
-        def ready(moment: float) -> bool:
-            is_all = True
-            try:
-                for _ in range(READS_PER_TURN):
-                    datagrams, size = receive()
-                    is_all = take(datagrams, size, number, moment, inbox) and is_all
-                    if len(datagrams) == size or len(inbox) >= INBOX:
-                        if inbox:
-                            self._deliver()  # a datagram that came alone does not wait for others
-                        if self._is_calm:
-                            break
-            except BlockingIOError:
-                pass
-            except OSError as error:  # ICMP said something about this path: a hint, nothing else
-                self._role.drops[f"receive: {errno.errorcode.get(error.errno or 0)}"] += 1
-            if inbox:
-                self._deliver()
-            return is_all
-
-        return ready
-
     def _take_up(self, event: Event, moment: float) -> None:
         match event:
             case OpenPath():
@@ -522,7 +503,7 @@ class ClientLoop(Loop):
             self._role.path_failed(event.path, str(error), moment)
             return
         self._sockets[event.path] = sock
-        self._watch(sock.fileno(), self._path_ready(event.path))
+        self._watch(sock.fileno(), self._reader_of(sock.receive))
         if not self._has_told_offload:
             self._has_told_offload = True
             self._tell_offload()

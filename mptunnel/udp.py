@@ -124,12 +124,13 @@ class PathSocket(Receiver):
             sock.close()
             raise PathError(_why_not(wish, error)) from None
         self.port: int = sock.getsockname()[1]
+        self._path = wish.path
         self.unseen = 0  # bytes sent since its queue was looked at
         self.is_watched = False  # its queue is looked at before every sending
         self._outq = array.array("i", [0])
 
-    def receive(self) -> tuple[memoryview, int]:
-        """Return the next run of datagrams, in a buffer that is used again, and their size. Raises OSError."""
+    def receive(self) -> tuple[memoryview, int, int]:
+        """Return the next run of datagrams, in a buffer that is used again, their size and path. Raises OSError."""
         length, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
         size = length
         for _, kind, data in ancillary:
@@ -137,7 +138,7 @@ class PathSocket(Receiver):
                 (size,) = _GRO_SIZE.unpack_from(data)
             elif kind == _SO_RXQ_OVFL:
                 self._note_overruns(data)
-        return self._buffer[:length], size
+        return self._buffer[:length], size, self._path
 
     def queued(self) -> int:
         """Return how much kernel memory is taken by what has not left yet (TIOCOUTQ, udp(7))."""
