@@ -23,6 +23,7 @@ from time import CLOCK_BOOTTIME, clock_gettime
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import host, netlink, udp
+from mptunnel.aead import CIPHER
 from mptunnel.config import (
     Fields,
 )
@@ -388,7 +389,7 @@ class Loop:
             "event not told to --on-event": self._hook.dropped if self._hook is not None else 0,
         }
         drops = status["drops"] | {name: count for name, count in queues.items() if count}
-        more = {"device": self._tun.name, "pid": os.getpid(), "offload": self._offload()}
+        more = {"device": self._tun.name, "pid": os.getpid(), "offload": self._offload(), "cipher": CIPHER.name}
         return {**status, **more, "drops": drops}
 
 

@@ -19,9 +19,7 @@ from functools import lru_cache
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Final
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
+from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
 
 if TYPE_CHECKING:
@@ -46,10 +44,10 @@ FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 
 _LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
-_NONCE = struct.Struct("<4xQ")
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
 _COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(PADDING)
+_nonce, _nonces, _Forged = CIPHER.nonce, CIPHER.nonces, CIPHER.Forged
 
 
 class Refused(enum.IntEnum):
@@ -178,8 +176,8 @@ class Session:
     )  # fmt: skip
 
     def __init__(self, keys: SessionKeys, serial: int, now: float, width: int = NARROW_WINDOW) -> None:
-        self._seal = ChaCha20Poly1305(keys.send)
-        self._open = ChaCha20Poly1305(keys.receive)
+        self._seal = CIPHER(keys.send).encrypt
+        self._open = CIPHER(keys.receive).decrypt
         self.local_index = keys.local_index
         self.remote_index = keys.remote_index
         self.is_initiator = keys.is_initiator
@@ -211,7 +209,7 @@ class Session:
             if len(packet) + lacking > limit > 0:
                 lacking = max(0, limit - len(packet))
             packet = b"".join((packet, _ZEROS[:lacking]))
-        return head + self._seal.encrypt(_NONCE.pack(counter), packet, None)
+        return head + self._seal(_nonce(counter), bytes(packet), NO_DATA)
 
     def seal_run(self, packets: Sequence[Buffer], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
@@ -224,7 +222,7 @@ class Session:
         if any(_lacking(length, limit) for length in set(map(len, packets))):
             packets = [_padded(packet, limit) for packet in packets]
         head = repeat(_START.pack(TRANSPORT, self.remote_index))
-        sealed = map(self._seal.encrypt, _nonces(counters), packets, repeat(None))  # no bytecode for each packet
+        sealed = map(self._seal, _nonces(counters), map(bytes, packets), repeat(NO_DATA))  # no bytecode for each packet
         return b"".join(chain.from_iterable(zip(head, map(_COUNTER.pack, counters), sealed, strict=False)))
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
@@ -259,8 +257,8 @@ class Session:
         if counter <= window.top and (refused := window.refuses(counter, path)) is not None:
             return refused
         try:
-            plain = self._open.decrypt(_NONCE.pack(counter), datagram[HEADER_SIZE:], None)
-        except InvalidTag:
+            plain = self._open(_nonce(counter), bytes(datagram[HEADER_SIZE:]), NO_DATA)
+        except _Forged:
             return Refused.BAD
         if counter >= REJECT_AFTER_MESSAGES:
             return Refused.BAD
@@ -277,8 +275,8 @@ class Session:
         length = len(datagrams)
         sealed = _bodies(size, len(counters), length % size or size).unpack_from(datagrams)
         try:
-            plain = list(map(self._open.decrypt, _nonces(counters), sealed, repeat(None)))
-        except InvalidTag:  # one of them is not authentic: find out which
+            plain = list(map(self._open, _nonces(counters), sealed, repeat(NO_DATA)))
+        except _Forged:  # one of them is not authentic: find out which
             self._open_singly(datagrams, size, counters, path, opened)
             return
         if counters[-1] >= REJECT_AFTER_MESSAGES:
@@ -305,8 +303,8 @@ class Session:
                 continue
             at = number * size
             try:
-                plain = self._open.decrypt(_NONCE.pack(counter), datagrams[at + HEADER_SIZE : at + size], None)
-            except InvalidTag:
+                plain = self._open(_nonce(counter), bytes(datagrams[at + HEADER_SIZE : at + size]), NO_DATA)
+            except _Forged:
                 opened.bad += 1
                 continue
             if counter >= REJECT_AFTER_MESSAGES:
@@ -385,17 +383,6 @@ def _bodies(size: int, count: int, last: int) -> struct.Struct:
 @lru_cache(maxsize=1024)
 def _counters(size: int, count: int) -> struct.Struct:
     return struct.Struct("<" + f"8xQ{size - HEADER_SIZE}x" * (count - 1) + "8xQ")
-
-
-def _nonces(counters: Sequence[int]) -> tuple[bytes, ...]:
-    """Return a nonce for each counter: four zero bytes, then the counter (paper, 5.4.6)."""
-    write, read = _nonce_layouts(len(counters))
-    return read.unpack(write.pack(*counters))
-
-
-@lru_cache(maxsize=256)
-def _nonce_layouts(count: int) -> tuple[struct.Struct, struct.Struct]:
-    return struct.Struct("<" + "4xQ" * count), struct.Struct("12s" * count)
 
 
 def _consecutive(first: int, count: int) -> tuple[int, ...]:

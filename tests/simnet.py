@@ -20,8 +20,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cryptography.exceptions import InvalidTag
-
+from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.client import Client, Membership
 from mptunnel.config import (
     ClientSettings,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from mptunnel.events import NoticeKind
     from mptunnel.packet import Buffer
     from mptunnel.serverpeer import ServerPeer
+    from mptunnel.session import Session
 
 SERVER_ADDRESS = IPv4Address("198.51.100.1")
 TUNNEL4 = IPv4Network("10.0.1.0/24")
@@ -58,6 +58,11 @@ TARGET = "203.0.113.2"
 WALL = 1_800_000_000.0
 CLIENT_KEY, SERVER_KEY, PSK = b"\x11" * 32, b"\x22" * 32, b"\x33" * 32
 CLIENT_PUBLIC, SERVER_PUBLIC = StaticKey(CLIENT_KEY).public, StaticKey(SERVER_KEY).public
+
+
+def unsealed(session: Session, datagram: bytes) -> bytes:
+    """What is sealed in a datagram to `session`, wherever it went and whether or not it came in already."""
+    return session._open(CIPHER.nonce(int.from_bytes(datagram[8:16], "little")), datagram[HEADER_SIZE:], NO_DATA)
 
 
 def ipv4(source: str, target: str, payload: bytes) -> bytes:
@@ -530,8 +535,8 @@ class Simnet:
         receiver: ServerPeer | ClientPeer = self.guest if side == "up" else self.peer
         for session in (receiver.current, receiver.next, receiver.previous):
             if session is not None and datagram[:8] == TRANSPORT_HEADER.pack(TRANSPORT, session.local_index, 0)[:8]:
-                with contextlib.suppress(InvalidTag):
-                    return session._open.decrypt(bytes(4) + datagram[8:16], datagram[16:], None)
+                with contextlib.suppress(CIPHER.Forged):
+                    return unsealed(session, datagram)
         return None
 
     def controls(self, side: str, kind: Control, number: int | None = None, since: float = 0.0) -> list[float]:

@@ -38,6 +38,7 @@ from tests.simnet import (
     Wire,
     ipv4,
     stranger,
+    unsealed,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def test_a_stolen_probe_is_answered_neither_by_data_nor_by_an_echo() -> None:
     net, thief = running(Wire()), stranger()
     steal(net, Control.PROBE, 0, thief)
     Traffic(net, rate=200).run(3.0)
-    plains = [net.peer.current._open.decrypt(bytes(4) + d[8:16], d[16:], None) for d in net.to_strangers(thief)]  # type: ignore[union-attr]
+    assert net.peer.current is not None
+    plains = [unsealed(net.peer.current, datagram) for datagram in net.to_strangers(thief)]
     assert [plain[0] for plain in plains] == [Control.CHALLENGE]
 
 

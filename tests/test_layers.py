@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "mptunnel"
 # From the bottom upwards; a module imports only from rows above its own in this list.
 CORE = [
     "errors",
-    "messages packet events keys scheduler",
+    "aead messages packet events keys scheduler",
     "records wgquick noise",
     "config session admission",
     "gaps history cap",
@@ -52,7 +52,8 @@ WORLDLY_METHODS = {
     "expanduser", "resolve", "cwd",
 }  # fmt: skip
 OTHERS = {  # which of our modules may use what is not Python's own
-    "cryptography": {"noise", "session", "keys"},
+    "cryptography": {"aead", "noise", "keys"},
+    "importlib": {"aead"},  # for the extension of qh3
     "click": {"cli", "commands", "pathcommands", "options"},
     "rich": {"picture", "watch"},
     "pytun": {"tun"},

@@ -57,6 +57,7 @@ from tests.simnet import (
     ipv6,
     snapshot,
     stranger,
+    unsealed,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def exchange(server: Server, client: BookPeer, source: Endpoint, now: float) -> 
 
 def opened(client: BookPeer, datagram: bytes) -> bytes:
     assert client.current is not None
-    return client.current._open.decrypt(bytes(4) + datagram[8:16], datagram[16:], None)
+    return unsealed(client.current, datagram)
 
 
 # -- many clients ----------------------------------------------------------------------------------------------------
