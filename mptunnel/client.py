@@ -508,7 +508,7 @@ class Client(Role):
         if not peer.is_multipath:
             return "up"
         paths = self.paths.values()
-        is_up = any(path.is_up for path in paths)
+        is_up = any(path.carries_up(now) for path in paths) and any(path.carries_down(now) for path in paths)
         if self._state == "up":  # one that has just been opened is not silent yet
             is_up = is_up or any(path.state is PathState.PROBING for path in paths)
         return "up" if is_up else ("silent" if self._state in {"up", "silent"} else "connecting")

@@ -158,6 +158,13 @@ class ClientPeer(Peer):
         if self.current is not None:
             super()._send_keepalive(now, out)
 
+    def _answer_ways(self, source: Any, now: float) -> list[Any]:
+        """See `Peer._answer_ways`; where its path does not carry downwards, by those that may too."""
+        path = self._bound.get(source)
+        if path is None or path.carries_down:
+            return [source]
+        return [source, *(other.endpoint for other in self._bound.values() if other is not path)]
+
     def close(self, reason: CloseReason, now: float, out: list[Transmit]) -> None:
         """Say on every path that the session ends."""
         if self.is_multipath:
@@ -276,8 +283,9 @@ class ClientPeer(Peer):
             is_answer=True, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.mtu, mode=0, paths=len(self._bound), serial=hello.serial,
         )  # fmt: skip
-        self._send_control(answer.encode(), source, path, now, out)
-        self._send_control(self._address.encode(), source, path, now, out)
+        for way in self._answer_ways(source, now):
+            self._send_control(answer.encode(), way, self._bound.get(way), now, out)
+            self._send_control(self._address.encode(), way, self._bound.get(way), now, out)
 
     # -- paths -----------------------------------------------------------------------------------------
 
@@ -316,6 +324,10 @@ class ClientPeer(Peer):
         self._tell_up(path, now)
         if path.may_answer(now):
             self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)
+        if not path.carries_down:  # then it shall hear by the others that this one carries upwards
+            for other in self._bound.values():
+                if other is not path and now - other.shown_at >= UNASKED_INTERVAL:
+                    self._send_echo(other, None, now, now, 0, out)
         self._flush(now, out)
 
     def _challenge(self, path: ServerPath, probe: Probe, source: Endpoint, now: float, out: list[Transmit]) -> None:
@@ -356,6 +368,8 @@ class ClientPeer(Peer):
         self, path: ServerPath, probe: Probe | None, arrived_at: float, now: float, size: int, out: list[Transmit]
     ) -> None:
         """Answer a probe on its path, or (None) show that the way down is there."""
+        if probe is None:
+            path.shown_at = now
         others = tuple(other.record(now) for other in self._bound.values() if other is not path)
         host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
         plain = Echo(

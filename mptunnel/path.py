@@ -14,6 +14,11 @@ is `fresh` for max(3 s, 4 RTT) after it was refreshed, then `idle` if the client
 `lapsed`; it is refreshed only by newer PROBEs from its endpoint and by records that show that the client still hears
 it (R5). Data, duplicates and errors refresh nothing (R6).
 
+**One way only.** A path may carry up and not down, or down and not up, and two such halves are a tunnel. Each side is
+told by the records of the other paths what comes by this one. A server whose ECHOs on a path were not heard by three
+probes in a row (`carries_down`) answers what comes by it on the other paths too: a probe by unasked ECHOs, a handshake
+and HELLO by the same bytes. To the client such a path is `down`, but `carries_up` or `carries_down`.
+
 Loss over a path is counted, not guessed: what the sender gave to it (`tx`) minus what arrived by it (`rx`), between
 two probes; all counts are modulo 2^32 and start anew with every `incarnation`, that is: every socket.
 """
@@ -39,6 +44,7 @@ COPIES_WHILE_SILENT: Final = 30.0
 DOUBT_AFTER: Final = 0.5  # s without the answer to a probe: standby paths step in
 DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
+HALF_LIVES_FOR: Final = 1.5  # s in which one direction that lives is shown to do so: unasked ECHOs take 1 s to begin
 MAX_PENDING: Final = 1024  # 5 s of probes at the fastest, those of a gap alarm
 FRESH_FOR: Final = 3.0
 MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
@@ -270,10 +276,10 @@ class ClientPath(Path):
     """A path as its owner sees it: an interface, a socket, probes on their way."""
 
     __slots__ = (
-        "_answered", "_bytes_since_probe", "_pending", "_seq", "_was_challenged", "address", "carries", "echoed",
-        "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
-        "probe_at", "proof_tries", "proven_at", "queue", "seen_as", "silent_since", "told_use", "unanswered", "use",
-        "waiting", "was_padded", "way_down",
+        "_answered", "_bytes_since_probe", "_pending", "_reached", "_seq", "_was_challenged", "address", "carries",
+        "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
+        "probe_at", "proof_tries", "proven_at", "queue", "reached_at", "seen_as", "silent_since", "told_use",
+        "unanswered", "use", "waiting", "was_padded", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -305,6 +311,8 @@ class ClientPath(Path):
         self.padded_at = -_INF  # when a padded one went out last
         self.echoed = 0  # highest ECHO number
         self.heard_at = -_INF  # when anything was heard here last
+        self._reached = 0  # newest probe that the server has shown on another path to have come by this one
+        self.reached_at = -_INF  # and when it said so
         self.unanswered = 0
         self.silent_since = _INF
         self.last_probe_at = -_INF
@@ -372,8 +380,8 @@ class ClientPath(Path):
         return self.is_open and self.is_up and now - self.silent_since <= max(DOUBT_AFTER, 3 * (self.rtt or 0.0))
 
     def is_silent(self, now: float) -> bool:
-        """Whether it has been silent so long that copies are no use any more."""
-        return now - self.silent_since > COPIES_WHILE_SILENT
+        """Whether it has been silent so long that copies are no use any more, and the server does not hear us there."""
+        return now - self.silent_since > COPIES_WHILE_SILENT and now - self.reached_at >= HALF_LIVES_FOR
 
     def next_probe(
         self,
@@ -421,6 +429,11 @@ class ClientPath(Path):
         """An unasked ECHO: its way down lives, which says nothing of its way up."""
         self.echoed = max(self.echoed, number)
         self.heard_at = now
+
+    def reported_by_another(self, record: Record, now: float) -> None:
+        """Another path's ECHO says which probe of ours came by this one last: its way up lives, if that is news."""
+        if self._reached < record.newest <= self._seq:
+            self._reached, self.reached_at = record.newest, now
 
     def is_limited(self, now: float) -> bool:
         """Whether it does not take everything now."""
@@ -519,6 +532,21 @@ class ClientPath(Path):
             self.proof_tries = 0
         return True
 
+    def carries_up(self, now: float) -> bool:
+        """Whether it is known to carry to the server now, whatever it does the other way."""
+        return self.is_up or self._has_shown(self.reached_at, now)
+
+    def carries_down(self, now: float) -> bool:
+        """Whether it is known to carry from the server now, whatever it does the other way."""
+        return self.is_up or self._has_shown(self.heard_at, now)
+
+    def _has_shown(self, sign_at: float, now: float) -> bool:
+        """Whether a sign of life is about as new as the last probe that has had the time to bring one."""
+        if not self.is_open or sign_at == -_INF:
+            return False
+        asked = (at for at, *_ in self._pending.values() if now - at > HALF_LIVES_FOR)
+        return sign_at + 2 * UNASKED_INTERVAL > max(asked, default=-_INF)
+
     def given_up(self, now: float) -> bool:
         """Another path is tried, since a server that answers no probe was silent here; return whether that is news."""
         return self._enter(PathState.DOWN, now)
@@ -535,8 +563,9 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_spacing", "_tx_at", "candidate", "endpoint", "fed_back", "idle_room", "interval",
-        "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "unasked_at", "use",
+        "_heard", "_order", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back", "idle_room",
+        "interval", "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at",
+        "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -551,9 +580,11 @@ class ServerPath(Path):
         self.interval = 0.0
         self.idle_room = 0
         self.number = 0  # of the last ECHO
-        self.reported = 0  # newest ECHO number that another path's record has shown
+        self.reported = 0  # newest ECHO that the client has shown to have heard here, here or on another path
+        self._unheard = 0  # its probes since then: it may not hear us here
         self.seq = 0
         self.unasked_at = _INF
+        self.shown_at = -_INF  # when an unasked ECHO went there last
         self.use = Use.DATA
         self._spacing = PROBE_INTERVAL  # s between two refreshes, smoothed
         self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
@@ -615,7 +646,7 @@ class ServerPath(Path):
         """Take over what a counted probe from the bound endpoint says."""
         if probe.incarnation != self.incarnation:
             self.incarnation = probe.incarnation
-            self.tx = self.rx = self.number = self.reported = self.rx_size = 0
+            self.tx = self.rx = self.number = self.reported = self.rx_size = self._unheard = 0
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
@@ -629,7 +660,9 @@ class ServerPath(Path):
                 self.loss_down.count(given, probe.rx, now)
             self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
-        self.reported = max(self.reported, min(probe.echoed, self.number))
+        self._unheard += 1
+        if self.reported < probe.echoed <= self.number:
+            self.reported, self._unheard = probe.echoed, 0
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
         self.use = probe.use
@@ -654,14 +687,20 @@ class ServerPath(Path):
         self._spacing += (spacing - self._spacing) / 4
         self.refreshed_at = now
         self.idle_room = IDLE_BYTES
-        self.unasked_at = _INF if self.interval > 1.0 else now + UNASKED_AFTER
+        is_asked = now - self._heard < UNASKED_AFTER  # else only the way down lives, and is known by unasked ECHOs
+        self.unasked_at = _INF if self.interval > 1.0 else now + (UNASKED_AFTER if is_asked else UNASKED_INTERVAL)
         self._enter(PathState.FRESH, now)
 
     def reported_by_another(self, record: Record, now: float) -> None:
         """Another path's probe says which ECHO of ours was heard here; one not reported before refreshes (R5 b)."""
         if self.endpoint is not None and self.reported < record.newest <= self.number:
-            self.reported = record.newest
+            self.reported, self._unheard = record.newest, 0
             self.refresh(now)
+
+    @property
+    def carries_down(self) -> bool:
+        """Whether the client has shown by its last probes here that it hears us here."""
+        return self._unheard < DOWN_PROBES
 
     def record(self, now: float) -> Record:
         """What the ECHOs on the other paths say of this one."""

@@ -580,7 +580,7 @@ class Peer:
     # -- handshake -------------------------------------------------------------------------------------
 
     def accept_initiation(self, consumed: noise.Consumed, message: bytes, source: Any, now: float) -> bytes | None:
-        """Answer an initiation that opened with a response; None if it is a replay or comes too soon."""
+        """Return the response to an initiation that opened; None if it is a replay or comes too soon."""
         if consumed.timestamp <= self._timestamp:
             self.identity.drops["initiation replayed"] += 1
             return None
@@ -592,7 +592,6 @@ class Peer:
         self._forget_initiation()
         index = self.identity.indices.new(self)
         response, keys = noise.create_response(self.remote, consumed, index, self.identity.entropy)
-        response = self._with_mac2(response, self._way_of(source), now)
         self._drop(self.next)
         self._drop(self.previous)
         self.previous = None
@@ -607,6 +606,11 @@ class Peer:
         """Return the response again, if `message` is a copy of the initiation accepted less than 5 s ago."""
         body, response, until = self._answered
         return response if now < until and body == message[:-MACS_SIZE] else None
+
+    def respond(self, response: bytes, source: Any, now: float, out: list[Transmit]) -> None:
+        """Send a response to who initiated from `source`."""
+        ways = self._answer_ways(source, now)
+        out += [Transmit(way, self._with_mac2(response, self._way_of(way), now), len(response)) for way in ways]
 
     def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
         """Finish our handshake; a response that does not fit is counted, and we go on waiting."""
@@ -844,6 +848,10 @@ class Peer:
     def _way_of(self, source: Any) -> Any:
         """What `to` leads to `source`."""
         return source
+
+    def _answer_ways(self, source: Any, now: float) -> Sequence[Any]:
+        """Return where the answer to a handshake or HELLO goes that came from `source`."""
+        return [source]
 
     def _receipt_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
         """The paths that a RECEIPT goes by, and where to."""

@@ -316,7 +316,7 @@ def _path_row(path: Object) -> tuple[str, ...]:
     since = path.get("since")
     return (
         _path_name(path),
-        str(path.get("state", _NONE)) + ("" if since is None else f" {duration(since)}"),
+        path_state(path) + ("" if since is None else f" {duration(since)}"),
         _round_trip(path.get("rtt_ms"), path.get("jitter_ms")),
         share(path.get("loss_up")),
         share(path.get("loss_down")),
@@ -325,6 +325,12 @@ def _path_row(path: Object) -> tuple[str, ...]:
         size(path.get("rx_bytes", 0)),
         _way(path),
     )
+
+
+def path_state(path: Object) -> str:
+    """Return the state of a path; of one that is down, also which way it still carries."""
+    state, carries = str(path.get("state", _NONE)), path.get("carries") or ()
+    return f"{state} (carries {' and '.join(carries)})" if state == "down" and carries else state
 
 
 def _alone(path: Object) -> str:

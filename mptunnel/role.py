@@ -203,9 +203,9 @@ class Role:
     def _initiation_received(self, message: bytes, source: Any, now: float) -> None:
         known = self._answered.get(message[_EPHEMERAL])
         repeated = None if known is None else known.repeated_response(message, now)
-        if repeated is not None:
+        if known is not None and repeated is not None:
             self.drops["initiation repeated, answered"] += 1
-            self._transmit(source, repeated)
+            known.respond(repeated, source, now, self.out)
             return
         try:
             consumed = noise.consume_initiation(self.key, message, lambda public: self._product_with(public, now))
@@ -220,7 +220,7 @@ class Role:
             if len(self._answered) >= MAX_ANSWERED:
                 del self._answered[next(iter(self._answered))]
             self._answered[message[_EPHEMERAL]] = peer
-            self._transmit(source, response)
+            peer.respond(response, source, now, self.out)
         self._after(peer, now)
 
     def _response_received(self, message: bytes, now: float) -> None:

@@ -531,8 +531,13 @@ class ServerPeer(Peer):
         settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval, self._paths_in_use())
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)
+        for record in echo.records:
+            other = self.paths.get(record.path)
+            if other is not None and other is not path:
+                other.reported_by_another(record, now)
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)
+            self._echoed_at = now  # it knows us
             return
         probed, before = path.probed(echo.seq), path.state
         proven = path.echo_received(echo.seq, echo.number, echo.held_us / 1e6, echo.tx, echo.rx, now)
@@ -668,6 +673,10 @@ class ServerPeer(Peer):
         patience = max(DEAF_AFTER, 3 * rtt)
         if not self.in_use(now):
             patience = max(patience, 3 * FOLLOW_UP)
+            if any(
+                path.carries_up(now) and not path.is_up for path in known
+            ):  # it is answered by another path, each time
+                patience += self._idle_probe
         if now - max(self._echoed_at, *asked) > patience and max(asked) < INF:
             if self._silent_from == INF:
                 self._silent_from = now

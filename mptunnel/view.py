@@ -70,6 +70,7 @@ def path_status(path: ClientPath, peer: ServerPeer, now: float) -> dict[str, Any
         "address": None if path.address is None else str(path.address),
         "seen_as": None if path.seen_as is None else host_port(*path.seen_as),
         "since": round(now - path.since, 1),
+        "carries": [way for way, does in (("up", path.carries_up), ("down", path.carries_down)) if does(now)],
         "first": receipts.first[path.id],
         "first_share": receipts.first[path.id] / first if first else None,
         "missed": receipts.missed[path.id],

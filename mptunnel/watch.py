@@ -20,7 +20,7 @@ from rich.text import Text
 
 from mptunnel import control
 from mptunnel.errors import ConfigError, MptunnelError, NotRunningError
-from mptunnel.report import count, duration, milliseconds, receipts_line, share, size
+from mptunnel.report import count, duration, milliseconds, path_state, receipts_line, share, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -186,7 +186,8 @@ def _path_words(path: Object) -> Iterator[Text]:
         words.append(f"round trip {milliseconds(rtt)}, jitter {milliseconds(path.get('jitter_ms') or 0.0)}")
     if path.get("mtu"):
         words.append(f"MTU {path['mtu']}")
-    head = Text.assemble(("● ", _COLOURS.get(str(path.get("state")), "default")), (label, "bold"), " ", _state(path))
+    colour = _COLOURS.get(str(path.get("state")), "default")
+    head = Text.assemble(("● ", colour), (label, "bold"), " ", (path_state(path), f"bold {colour}"))
     yield head.append(" " + ", ".join(words))
     seen = f"seen by the server as {path['seen_as']}" if path.get("seen_as") else path.get("endpoint")
     errors = [f"{count(number)} x {name}" for name, number in sorted((path.get("errors") or {}).items()) if number]
