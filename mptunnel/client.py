@@ -167,7 +167,9 @@ class Client(Role):
         psk = token.join_psk() if token else record.psk
         enrol = None
         if token is not None:
-            enrol = Enrol(noise.StaticKey(membership.private_key).public, membership.name.encode("ascii"))
+            own = noise.StaticKey(membership.private_key)
+            proof = noise.prove_key(own, record.public_key, self.key.public)
+            enrol = Enrol(own.public, membership.name.encode("ascii"), proof)
         peer = ServerPeer(
             self.identity,
             noise.Remote(self.key, record.public_key, psk),

@@ -55,6 +55,7 @@ _ADDRESS = struct.Struct(
     "<BBBB4s4sHBB16s16s"
 )  # type flags prefix4 prefix6 client4 server4 mtu dns routes client6 server6
 _ENROL = struct.Struct("<BBBBI32s32s")  # type flags length version 0 public_key name
+_PROOF = struct.Struct("<32s")  # behind an ENROL
 _ENROLLED = struct.Struct("<BBHI32s32s")  # type result 0 0 public_key psk
 _CLOSE = struct.Struct("<BBBBI")  # type path reason 0 incarnation
 _RECEIPT = struct.Struct("<BBBBIIIIII")  # type paths flags n packets received lost saved gap recent
@@ -398,14 +399,19 @@ def decode_address_untrusted(body: memoryview) -> Address:
 
 @dataclass(frozen=True, slots=True)
 class Enrol:
-    """A client's real public key and its name, sent in the join session; the server checks the name's letters."""
+    """A client's real public key and its name, sent in the join session; the server checks the name's letters.
+
+    `proof`: that the client has the private key too (see `noise.prove_key`); zeros: not given.
+    """
 
     public_key: bytes
     name: bytes
+    proof: bytes = bytes(32)
 
     def encode(self) -> bytes:
         """Return the plaintext."""
-        return _padded(_ENROL.pack(Control.ENROL, 0, len(self.name), PROTOCOL_VERSION, 0, self.public_key, self.name))
+        fixed = _ENROL.pack(Control.ENROL, 0, len(self.name), PROTOCOL_VERSION, 0, self.public_key, self.name)
+        return _padded(fixed + self.proof)
 
 
 def decode_enrol_untrusted(body: memoryview) -> Enrol:
@@ -414,7 +420,8 @@ def decode_enrol_untrusted(body: memoryview) -> Enrol:
     _, _, length, _, _, public_key, name = _ENROL.unpack_from(body)
     if length > len(name):
         raise BadPacketError(f"enrol with a name of {length} bytes, at most {len(name)} are possible")
-    return Enrol(public_key, name[:length])
+    (proof,) = _PROOF.unpack_from(body, _ENROL.size) if len(body) >= _ENROL.size + _PROOF.size else (bytes(32),)
+    return Enrol(public_key, name[:length], proof)
 
 
 @dataclass(frozen=True, slots=True)

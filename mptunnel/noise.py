@@ -47,6 +47,7 @@ _IDENTIFIER = b"WireGuard v1 zx2c4 Jason@zx2c4.com"
 _CHAIN_0 = hashlib.blake2s(_CONSTRUCTION).digest()
 _HASH_0 = hashlib.blake2s(_CHAIN_0 + _IDENTIFIER).digest()
 _NONCE_0 = bytes(12)
+_PROOF_LABEL = b"mptunnel enrol"
 _BODY_1 = struct.Struct("<II32s48s28s")  # type, sender, ephemeral, static, timestamp
 _BODY_2 = struct.Struct("<III32s16s")  # type, sender, receiver, ephemeral, empty
 _REPLY = struct.Struct("<II24s32s")  # type, receiver, nonce, cookie
@@ -131,6 +132,15 @@ def create_initiation(
     digest = _hash(digest + sealed_time)
     body = _BODY_1.pack(INITIATION, index, public, static, sealed_time)
     return Initiation(body + mac(remote.mac1_key, body) + NO_MAC, index, chain, digest, ephemeral)
+
+
+def prove_key(own: StaticKey, other_public: bytes, join_public: bytes) -> bytes:
+    """Return 32 bytes that only the owners of two static keys can make, for the holder of one join token.
+
+    Raises NotAuthenticError for a public key of low order.
+    """
+    product = _dh(own.private, X25519PublicKey.from_public_bytes(other_public))
+    return hashlib.blake2s(_PROOF_LABEL + join_public, key=product).digest()
 
 
 def consume_initiation(own: StaticKey, message: bytes, static_static: Callable[[bytes], bytes | None]) -> Consumed:

@@ -2,7 +2,8 @@
 
 **Joining.** A token is a one-time static identity. new -> bound: its holder enrolled a key; peers and tokens are saved,
 in this order, before the answer goes out, and the same key gets the same answer again. bound -> spent: that key has
-completed a handshake. A second key on a bound token is refused and logged: a stolen token shows. What is spent,
+completed a handshake. A second key on a bound token is refused and logged: a stolen token shows. A key that is admitted
+already is answered only if whoever names it proves to have it, for the answer holds its preshared key. What is spent,
 expired or revoked stays as a tombstone that answers with the reason (`records.expire_tokens` says how long).
 
 A token expires by the wall clock and by ours, which nobody can set back.
@@ -10,6 +11,7 @@ A token expires by the wall clock and by ours, which nobody can set back.
 
 from __future__ import annotations
 
+import hmac
 import logging
 from dataclasses import dataclass
 from itertools import count
@@ -186,7 +188,12 @@ class Register:
         known = self.records.get(enrol.public_key)
         if token.state is TokenState.BOUND:
             is_same = token.bound_to == enrol.public_key and known is not None
-            return EnrolResult.ADMITTED if is_same else EnrolResult.USED
+            if not is_same:
+                return EnrolResult.USED
+        if known is not None and not _is_proven(enrol, token, own):
+            return EnrolResult.KEY_REFUSED
+        if token.state is TokenState.BOUND:
+            return EnrolResult.ADMITTED
         try:
             name = check_name(enrol.name.decode("ascii"))
         except (ConfigError, UnicodeDecodeError):
@@ -239,3 +246,11 @@ class Register:
         event = SaveState(name, document)
         self.saves.append(event)
         return event
+
+
+def _is_proven(enrol: Enrol, token: TokenRecord, own: noise.StaticKey) -> bool:
+    """Whether an ENROL was made by the owner of the key that it names, for this token."""
+    try:
+        return hmac.compare_digest(enrol.proof, noise.prove_key(own, enrol.public_key, token.join_public))
+    except NotAuthenticError:
+        return False

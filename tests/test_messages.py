@@ -244,6 +244,7 @@ def test_the_layout_of_an_address() -> None:
 def test_the_layouts_of_joining_and_of_close() -> None:
     key, psk = bytes(range(32)), bytes(range(32, 64))
     fields(Enrol(key, b"laptop").encode(), (0, b"\x08\0\x06\x01"), (8, key), (40, b"laptop"))
+    fields(Enrol(key, b"laptop", psk).encode(), (0, b"\x08\0\x06\x01"), (8, key), (40, b"laptop"), (72, psk))
     fields(Enrolled(2, key, psk).encode(), (0, b"\x09\x02"), (8, key), (40, psk))
     fields(Close(5, 3, 0x11121314).encode(), (0, b"\x0a\x05\x03\0"), (4, u32(0x11121314)))
 
@@ -339,6 +340,8 @@ def test_unknown_flags_and_capabilities_are_ignored() -> None:
 def test_a_name_longer_than_its_field_and_prefixes_longer_than_addresses_are_refused() -> None:
     enrol = bytearray(Enrol(bytes(32), b"n" * 32).encode())
     assert messages.decode_enrol_untrusted(memoryview(bytes(enrol))).name == b"n" * 32
+    of_version_1 = memoryview(Enrol(bytes(32), b"van", b"\7" * 32).encode()[:72])
+    assert messages.decode_enrol_untrusted(of_version_1) == Enrol(bytes(32), b"van", bytes(32))
     enrol[2] = 33
     with pytest.raises(BadPacketError):
         messages.decode_enrol_untrusted(memoryview(bytes(enrol)))

@@ -22,6 +22,7 @@ NETWORK = Network(IPv4Network("10.0.1.0/24"), IPv6Network("fd00:1::/64"))
 WALL = 1_800_000_000.0
 OWN = noise.StaticKey(b"\x22" * 32)
 KEY, OTHER = (noise.StaticKey(bytes([n]) * 32).public for n in (0x41, 0x42))
+OWNERS = {owner.public: owner for owner in (noise.StaticKey(bytes([n]) * 32) for n in (0x41, 0x42))}
 DAY = 86400.0
 
 
@@ -43,7 +44,13 @@ def with_token(hours: float = 1.0) -> tuple[Register, TokenRecord]:
 def enrol(
     reg: Register, token: TokenRecord, key: bytes = KEY, name: bytes = b"van", now: float = 1000.0
 ) -> EnrolResult:
-    return reg.enrol(token.join_public, Enrol(key, name), OWN, now)[0]
+    return reg.enrol(token.join_public, Enrol(key, name, proof(token, key)), OWN, now)[0]
+
+
+def proof(token: TokenRecord, key: bytes = KEY) -> bytes:
+    """Return what shows that the owner of `key` speaks; nothing for a key that nobody here owns."""
+    owner = OWNERS.get(key)
+    return bytes(32) if owner is None else noise.prove_key(owner, OWN.public, token.join_public)
 
 
 def names(saves: list[Event]) -> list[str]:
@@ -166,11 +173,29 @@ def test_a_token_nobody_knows_is_a_revoked_one() -> None:
 def test_a_client_that_was_admitted_before_keeps_its_address_when_it_joins_again() -> None:
     reg, token = with_token()
     reg.add("old", KEY, b"\x07" * 32, 1000.0, stock=False)
-    result, psk, _ = reg.enrol(token.join_public, Enrol(KEY, b"van"), OWN, 1001.0)
+    result, psk, _ = reg.enrol(token.join_public, Enrol(KEY, b"van", proof(token)), OWN, 1001.0)
     assert result is EnrolResult.ADMITTED
     assert psk == b"\x07" * 32
     assert len(reg.records) == 1
     assert token.name == "old"
+
+
+def test_whoever_names_the_key_of_an_admitted_client_without_having_it_is_not_told_its_preshared_key() -> None:
+    reg, token = with_token()
+    reg.add("old", KEY, b"\x07" * 32, 1000.0, stock=False)
+    _, another = with_token()
+    another.join_public = b"\x05" * 32
+    for tried in (bytes(32), proof(another), proof(token, OTHER), bytes(31) + b"\1"):
+        refused = (EnrolResult.KEY_REFUSED, noise.NO_PSK, None)
+        assert reg.enrol(token.join_public, Enrol(KEY, b"van", tried), OWN, 1001.0) == refused
+    assert token.state is TokenState.NEW
+
+
+def test_nor_is_who_has_stolen_the_token_of_a_client_that_has_enrolled() -> None:
+    reg, token = with_token()
+    assert enrol(reg, token) is EnrolResult.ADMITTED
+    assert reg.enrol(token.join_public, Enrol(KEY, b"van"), OWN, 1001.0)[:2] == (EnrolResult.KEY_REFUSED, noise.NO_PSK)
+    assert enrol(reg, token) is EnrolResult.ADMITTED
 
 
 def test_two_clients_of_one_name_are_told_apart_by_a_number() -> None:

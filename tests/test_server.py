@@ -36,7 +36,7 @@ from mptunnel.messages import (
     Hello,
     decode_enrolled_untrusted,
 )
-from mptunnel.noise import NO_PSK, StaticKey
+from mptunnel.noise import NO_PSK, StaticKey, prove_key
 from mptunnel.packet import PLAIN
 from mptunnel.server import Offer, Server
 from tests.bookpeer import BookPeer
@@ -317,7 +317,9 @@ def ask(net: Simnet, holder: BookPeer, key: bytes, name: bytes = b"van-7") -> li
     """Say ENROL; return the answers."""
     assert holder.current is not None
     seen = len(holder.foreign)
-    net.deliver(holder.current.seal(Enrol(key, name).encode()), net.source(0))
+    owner = OWNERS.get(key)
+    proof = bytes(32) if owner is None else prove_key(owner, SERVER_PUBLIC, holder.key.public)
+    net.deliver(holder.current.seal(Enrol(key, name, proof).encode()), net.source(0))
     net.turn()
     net.run(0.1)
     found = holder.foreign[seen:]
@@ -325,7 +327,8 @@ def ask(net: Simnet, holder: BookPeer, key: bytes, name: bytes = b"van-7") -> li
     return [decode_enrolled_untrusted(memoryview(plain)) for plain in found]
 
 
-KEY, OTHER = StaticKey(b"\x41" * 32).public, StaticKey(b"\x42" * 32).public
+OWNERS = {owner.public: owner for owner in (StaticKey(b"\x41" * 32), StaticKey(b"\x42" * 32))}
+KEY, OTHER = OWNERS
 
 
 def test_a_token_lets_one_key_in_and_the_answer_comes_after_the_saves() -> None:
