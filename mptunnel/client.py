@@ -140,7 +140,7 @@ class Client(Role):
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
         self._avoid: dict[int, int] = {}
         self._links: tuple[Link, ...] = ()
-        self._upkeep = None if settings.no_script or settings.script else Upkeep(settings.device)
+        self._upkeep = Upkeep(settings.device) if settings.uses_our_script else None
         self._reopen_at: dict[int, float] = {}
         self._missing: set[str] = set()
         self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
@@ -204,6 +204,12 @@ class Client(Role):
         if self._upkeep is not None and picture is not None:
             self._upkeep.looked(self._links, picture)
             self._mend(now)
+
+    def table_seen(self, now: float, *, is_there: bool) -> None:
+        """Our nft table has just gone, or has come."""
+        if self._upkeep is not None:
+            self._upkeep.table_seen(now, is_there=is_there)
+            self._mend_at = self._upkeep.next_deadline()
 
     def path_opened(self, number: int, port: int, now: float) -> None:
         """The socket of a path is open, on this local port."""

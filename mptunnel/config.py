@@ -208,6 +208,11 @@ class Settings:
         if self.mode is not Mode.REDUNDANT:
             raise ConfigError(f"mode {self.mode.name.lower()} is not built yet; leave --mode out, or say 'redundant'")
 
+    @property
+    def uses_our_script(self) -> bool:
+        """Whether the script that we ship sets the host up: what that makes is kept up, what others make is not."""
+        return self.script is None and not self.no_script
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings(Settings):

@@ -106,6 +106,9 @@ class Loop:
         self._is_calm = True  # what comes alone in this turn goes on at once, and the next look is select's
         self._is_stopping = False
         self._error: MptunnelError | None = None
+        self._tables: netlink.TableWatch | None = None
+        if settings.uses_our_script:
+            self._watch_tables()
 
     # -- the turn --------------------------------------------------------------------------------------
 
@@ -277,6 +280,21 @@ class Loop:
             self._control.ready(self._control.fileno(), moment)
         return False
 
+    def _watch_tables(self) -> None:
+        """Hear of it when others remove our nft table."""
+        try:
+            self._tables = netlink.TableWatch(f"mptunnel_{self._tun.name}")
+        except OSError as error:
+            log.debug("nobody will tell if our nft table is removed: %s", os.strerror(error.errno or 0).lower())
+        else:
+            self._watch(self._tables.fileno(), self._tables_ready)
+
+    def _tables_ready(self, moment: float) -> bool:
+        is_there = None if self._tables is None else self._tables.drain()
+        if is_there is not None:
+            self._role.table_seen(moment, is_there=is_there)
+        return False
+
     def _stop(self) -> None:
         self._is_stopping = True
 
@@ -359,6 +377,8 @@ class Loop:
         self._drain(moment)
         self._worker.close()
         self.close_sockets()
+        if self._tables is not None:
+            self._tables.close()
         self._tun.close()
         if self._hook is not None:
             self._hook.close()

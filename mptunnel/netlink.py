@@ -25,6 +25,11 @@ from mptunnel.upkeep import EVERYTHING, Picture, Route, Rule
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18
 _HEADER: Final = struct.Struct("=IH10x")  # length, type | flags, sequence, port (linux/netlink.h)
 _NEWS: Final = frozenset({16, 17, 20, 21, 24, 25, 32, 33})  # RTM_NEW and _DEL of LINK, ADDR, ROUTE, RULE
+_NETFILTER: Final = 12  # linux/netlink.h: NETLINK_NETFILTER
+_TABLES_GROUP: Final = 1 << 6  # linux/netfilter/nfnetlink.h: NFNLGRP_NFTABLES
+_TABLE_EVENTS: Final = {10 << 8: True, 10 << 8 | 2: False}  # NFNL_SUBSYS_NFTABLES: NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE
+_NFGENMSG: Final = 4  # family, version, resource id; then attributes, of which NFTA_TABLE_NAME is 1
+_ATTRIBUTE: Final = struct.Struct("=HH")  # length, type
 _BUFFER: Final = 1 << 16
 _READS: Final = 64  # in one turn; what is left wakes the loop again
 
@@ -73,6 +78,75 @@ class Monitor:
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
+
+
+class TableWatch:
+    """A socket that becomes readable when an nft table goes or comes. Raises OSError where that is not to be had."""
+
+    __slots__ = ("_socket", "_table")
+
+    def __init__(self, table: str) -> None:
+        self._table = table.encode("ascii")
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETFILTER)
+        try:
+            self._socket.bind((0, _TABLES_GROUP))
+        except OSError:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._socket.fileno()
+
+    def drain(self) -> bool | None:
+        """Read what has come in; return whether the table is there now, None if that is no news.
+
+        If events were lost it counts as gone: there were many, and to make it anew does no harm.
+        """
+        news = None
+        for _ in range(_READS):
+            try:
+                data = self._socket.recv(_BUFFER)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                news = False
+                continue
+            last = parse_table_events(data, self._table)
+            news = news if last is None else last
+        return news
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+def parse_table_events(data: bytes, table: bytes) -> bool | None:
+    """Return whether netlink messages leave an nft table there or gone; None: they do not speak of it."""
+    news, at = None, 0
+    while at + _HEADER.size <= len(data):
+        length, kind = _HEADER.unpack_from(data, at)
+        if not _HEADER.size <= length <= len(data) - at:
+            break
+        is_table = kind in _TABLE_EVENTS and _attribute(data[at + _HEADER.size + _NFGENMSG : at + length], 1) == table
+        news = _TABLE_EVENTS[kind] if is_table else news
+        at += -(-length // 4) * 4
+    return news
+
+
+def _attribute(data: bytes, wanted: int) -> bytes | None:
+    """Return a netlink attribute that is a text, without the zero behind it (linux/netlink.h, struct nlattr)."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if not _ATTRIBUTE.size <= length <= len(data) - at:
+            return None
+        if kind == wanted:
+            return data[at + _ATTRIBUTE.size : at + length].rstrip(b"\0")
+        at += -(-length // 4) * 4
+    return None
 
 
 def snapshot() -> tuple[Link, ...]:

@@ -28,7 +28,7 @@ from mptunnel.config import (
     server_argument,
 )
 from mptunnel.errors import ConfigError, MptunnelError
-from mptunnel.events import SaveState
+from mptunnel.events import RunScript, SaveState
 from mptunnel.loop import ClientLoop, ServerLoop, now
 from mptunnel.membership import find_membership
 from mptunnel.messages import Capability
@@ -40,6 +40,7 @@ from mptunnel.uplinks import Uplinks
 
 if TYPE_CHECKING:
     from mptunnel.config import ClientSettings, Link, ServerSettings, Settings
+    from mptunnel.events import ScriptValue
 
     IPAddress = IPv4Address | IPv6Address
 
@@ -69,6 +70,7 @@ def run_server(settings: ServerSettings) -> None:
         host.restore(settings.run_dir, device, settings.script)
         links = netlink.snapshot()
         offer = _offer(settings, links)
+        setup = RunScript("up", _server_values(settings, network, offer.dns))
         moment = now()
         role = Server(
             key.private_key,
@@ -83,11 +85,13 @@ def run_server(settings: ServerSettings) -> None:
             rng=random.Random(),  # noqa: S311  jitter only
             now=moment,
             wall=time.time(),
+            device=device,
+            setup=setup if settings.uses_our_script else None,
         )
         token = role.make_first_token(moment) or role.take_token_file(state.text("server/join-token") or "")
         _save_now(role, state, moment)
         stack.callback(host.restore, settings.run_dir, device, settings.script)
-        the_host.run("up", _server_values(settings, network, offer.dns))
+        the_host.run(setup.verb, setup.values)
         loop = ServerLoop(settings, role, tun, the_host, state, sock)
         stack.callback(loop.finish)
         log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
@@ -180,7 +184,7 @@ def _offer(settings: ServerSettings, links: tuple[Link, ...]) -> Offer:
     return Offer(settings.mtu, has4, has6, host.resolvers() or FALLBACK_DNS)
 
 
-def _server_values(settings: ServerSettings, network: Any, dns: tuple[IPAddress, ...]) -> dict[str, object]:
+def _server_values(settings: ServerSettings, network: Any, dns: tuple[IPAddress, ...]) -> dict[str, ScriptValue]:
     return {
         "mtu": settings.mtu,
         "address4": IPv4Interface((network.ipv4[1], network.ipv4.prefixlen)),

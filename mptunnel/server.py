@@ -2,7 +2,8 @@
 
 Packets from the device are found by destination. Peers come to life when they first knock: a thousand records cost
 nothing. One heap of (deadline, peer) says whose turn it is; nothing walks all peers in a turn. Who is admitted is the
-`Register`'s affair; an ENROLLED goes out only after the register's files have been saved.
+`Register`'s affair; an ENROLLED goes out only after the register's files have been saved. If the nft table of the
+gateway goes, the script makes it again (see `upkeep`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled,
 from mptunnel.packet import GSO_TYPE, LEAST_FRAME, MIN_MTU, PLAIN_IPV4, VNET_SIZE, destination, split
 from mptunnel.register import Register, Reply
 from mptunnel.role import INF, Role
+from mptunnel.upkeep import TUNNEL, Upkeep
 
 if TYPE_CHECKING:
     import random
@@ -71,7 +73,10 @@ class Server(Role):
         rng: random.Random,
         now: float,
         wall: float,
+        device: str = "mpt0",
+        setup: RunScript | None = None,
     ) -> None:
+        """`setup` is how the script has made the gateway of `device`, if that is to be kept up."""
         self.register = Register(network, peers, tokens, entropy, now=now, wall=wall)
         super().__init__(
             private_key,
@@ -96,6 +101,12 @@ class Server(Role):
         self._binding: set[bytes] = set()  # tokens whose binding is being saved
         self._are_peers_unsaved = False  # the last attempt failed
         self._refusal_told_at = -INF
+        self._setup = setup
+        self._mend_at = INF
+        self._upkeep = Upkeep(device)
+        if setup is not None:
+            self._upkeep.gateway_asked()
+            self._upkeep.script_done(TUNNEL)
 
     # -- what the loop tells ---------------------------------------------------------------------------
 
@@ -103,6 +114,11 @@ class Server(Role):
         """See `Role.wall_is`; tokens expire by the wall clock too."""
         super().wall_is(now, wall)
         self.register.offset = wall - now
+
+    def table_seen(self, now: float, *, is_there: bool) -> None:
+        """Our nft table has just gone, or has come."""
+        self._upkeep.table_seen(now, is_there=is_there)
+        self._mend_at = self._upkeep.next_deadline()
 
     def send(self, frames: Sequence[memoryview], now: float) -> None:
         """Take frames from the device; what consecutive ones hold for one client goes there as a batch."""
@@ -143,7 +159,8 @@ class Server(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        return min(self._heap[0][0], self.ledger.due) if self._heap else self.ledger.due
+        due = min(self.ledger.due, self._mend_at)
+        return min(self._heap[0][0], due) if self._heap else due
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due; what becomes due by that is done in the next turn, so that a turn always ends."""
@@ -157,6 +174,15 @@ class Server(Role):
             peer.handle_timeout(now, self.out)
             peer.renew_short_way(now)
             self._after(peer, now)
+        if now >= self._mend_at:
+            self._mend(now)
+
+    def _mend(self, now: float) -> None:
+        """Make the gateway again, whose nft table others have removed."""
+        if self._setup is not None and self._upkeep.due(now):
+            self._upkeep.gateway_asked()
+            self._events.append(self._setup)
+        self._mend_at = self._upkeep.next_deadline()
 
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
         """The kernel refused datagrams: that is the affair of the path they were for."""
@@ -179,6 +205,11 @@ class Server(Role):
 
     def job_done(self, job: Event, result: object, now: float) -> None:
         """A job has ended; `result` is an exception if it failed."""
+        if isinstance(job, RunScript) and job.verb == "up":
+            if isinstance(result, Exception):
+                log.warning("cannot put back the gateway: %s", result)
+            self._upkeep.script_done(TUNNEL)
+            self._mend_at = self._upkeep.next_deadline()
         if not isinstance(job, SaveState):
             return
         failed = isinstance(result, Exception)

@@ -6,6 +6,10 @@ its addresses, its routes and the rules of kept connections) is compared with wh
 is missing the same script runs again: at once, and against a program that goes on removing it after 0.25 s, 0.5 s and
 so on up to a minute. It is told once, and once more when it looks like a fight.
 
+Our nft table goes with `nft flush ruleset`, which is how a firewall's service starts anew. Without it a client's
+packets leave with a wrong source, and a server neither translates nor forbids anything. The kernel tells when it goes
+and when it is there again, both in one when the script replaces it.
+
 What the kernel cannot have had (IPv6 switched off on the device) and what only the script knows (the rules of kept
 connections) is expected from when it was first seen. Scripts of the user's own are theirs to keep up.
 """
@@ -36,9 +40,11 @@ TUNNEL: Final = -1  # where a path's number could stand
 KEPT: Final = 8  # table and priority of kept connections, behind those of the paths
 FIRST_SPACING: Final = 0.25
 LONGEST_SPACING: Final = 60.0
+TABLE_SETTLES: Final = 0.02  # s: whoever takes our nft table away may be the one who makes it anew
 PEACE_AFTER: Final = 600.0  # without a removal: the next one is put right at once again
 FIGHT: Final = 4  # removals without peace between them are worth a warning
 INF: Final = float("inf")
+_FOR_NETWORKD = ". With systemd-networkd see ManageForeignRoutes and ManageForeignRoutingPolicyRules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,7 @@ class _Thing:
 class Upkeep:
     """What the scripts have made. `device` is the tunnel's."""
 
-    __slots__ = ("_base", "_device", "_links", "_picture", "_things")
+    __slots__ = ("_base", "_device", "_links", "_picture", "_table_gone_at", "_things")
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -103,8 +109,9 @@ class Upkeep:
         self._things: dict[int, _Thing] = {}
         self._picture: Picture | None = None
         self._links: Sequence[Link] = ()
+        self._table_gone_at = INF
 
-    # -- what the client has asked the script for -------------------------------------------------------
+    # -- what the script has been asked for ------------------------------------------------------------
 
     def path_asked(self, number: int, way: Way) -> None:
         """The script makes a path's rule and table."""
@@ -128,6 +135,10 @@ class Upkeep:
         thing.hoped = frozenset(route for route in made if route.version == 6)
         thing.addresses = tuple(address for address in (tunnel.address4, tunnel.address6) if address is not None)
         thing.seen.clear()
+
+    def gateway_asked(self) -> None:
+        """The script makes a server's side of the tunnel; of that only the nft table is looked after."""
+        self._asked(TUNNEL, self._device, frozenset())
 
     def script_done(self, number: int) -> None:
         """A script call for this path, or for the tunnel, has ended; what was seen before says nothing of it."""
@@ -153,27 +164,39 @@ class Upkeep:
         if tunnel is not None and not tunnel.under_way:
             tunnel.seen |= {*self._kept(picture), *(tunnel.hoped & picture.routes), *self._addresses()}
 
+    def table_seen(self, now: float, *, is_there: bool) -> None:
+        """Our nft table has just gone, or has come."""
+        self._table_gone_at = INF if is_there else now
+
     def due(self, now: float) -> list[int]:
         """Return what has to be made again now: numbers of paths, or TUNNEL. It counts as done by this."""
         due = []
         for number, thing in self._things.items():
-            if self._is_missing(number, thing) and now >= thing.mended_at + thing.spacing():
+            if now >= self._due_at(number, thing):
                 if now - thing.mended_at > PEACE_AFTER:
                     thing.removals = 0
                 thing.removals += 1
                 thing.mended_at = now
-                self._tell(thing)
+                self._tell(number, thing)
                 due.append(number)
         return due
 
     def next_deadline(self) -> float:
         """When something that is missing may be made again; inf: nothing is missing."""
-        missing = [thing for number, thing in self._things.items() if self._is_missing(number, thing)]
-        return min((thing.mended_at + thing.spacing() for thing in missing), default=INF)
+        return min((self._due_at(number, thing) for number, thing in self._things.items()), default=INF)
+
+    def _due_at(self, number: int, thing: _Thing) -> float:
+        """When a thing has to be made again; inf: nothing of it is missing."""
+        if thing.under_way:
+            return INF
+        missing_from = -INF if self._is_missing(number, thing) else INF
+        if number == TUNNEL:
+            missing_from = min(missing_from, self._table_gone_at + TABLE_SETTLES)
+        return max(missing_from, thing.mended_at + thing.spacing())
 
     def _is_missing(self, number: int, thing: _Thing) -> bool:
         picture = self._picture
-        if picture is None or thing.under_way:
+        if picture is None:
             return False
         if not thing.wanted <= picture.rules | picture.routes:
             return True
@@ -191,15 +214,15 @@ class Upkeep:
         has = {address.ip for link in self._links if link.name == self._device for address in link.addresses}
         return {address for address in tunnel.addresses if address in has}
 
-    def _tell(self, thing: _Thing) -> None:
+    def _tell(self, number: int, thing: _Thing) -> None:
+        what, cure = "rules, routes or addresses", _FOR_NETWORKD
+        if number == TUNNEL and self._table_gone_at < INF:
+            what, cure = "firewall rules", ""
         if thing.removals == 1:
-            log.info("%s: rules, routes or addresses of ours are gone; putting them back", thing.name)
+            log.info("%s: %s of ours are gone; putting them back", thing.name, what)
         elif thing.removals == FIGHT:
-            log.warning(
-                "%s: another program goes on removing rules, routes or addresses of ours; they are put back, ever more "
-                "slowly. With systemd-networkd see ManageForeignRoutes and ManageForeignRoutingPolicyRules",
-                thing.name,
-            )
+            text = "%s: another program goes on removing %s of ours; they are put back, ever more slowly%s"
+            log.warning(text, thing.name, what, cure)
 
 
 def _halves(network: IPNetwork) -> list[IPNetwork]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from mptunnel import netlink
 from mptunnel.config import Gateway, Link
 from mptunnel.errors import HostError
-from mptunnel.netlink import Monitor, parse_connections, parse_links, snapshot
+from mptunnel.netlink import Monitor, parse_connections, parse_links, parse_table_events, snapshot
 from tests.machines import machines
 
 if TYPE_CHECKING:
@@ -279,3 +280,38 @@ def test_a_snapshot_shows_the_machine_as_it_is(machine: Machine) -> None:
         "mtu": 1400,
     }
     assert (found["mpt0"]["kind"], found["mpt0"]["up"]) == ("tun", False)
+
+
+# -- the nft table ---------------------------------------------------------------------------------------------------
+
+
+def nft_event(operation: int, table: bytes, *, before: bytes = b"") -> bytes:
+    """A message of NFNL_SUBSYS_NFTABLES; `before` is an attribute in front of the name (linux/netlink.h)."""
+    name = struct.pack("=HH", 4 + len(table) + 1, 1) + table + b"\0"
+    attributes = before + name + bytes(-len(name) % 4)
+    return struct.pack("=IHHII", 20 + len(attributes), 10 << 8 | operation, 0, 0, 0) + bytes(4) + attributes
+
+
+NEW_TABLE, DELETED_TABLE, NEW_CHAIN, DELETED_RULE = 0, 2, 3, 8
+OURS, ANOTHER = b"mptunnel_mpt0", b"mptunnel_mpt1"
+HANDLE = struct.pack("=HHQ", 12, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("messages", "news"),
+    [
+        ([], None),
+        ([nft_event(DELETED_TABLE, OURS)], False),
+        ([nft_event(NEW_TABLE, OURS)], True),
+        ([nft_event(DELETED_TABLE, OURS, before=HANDLE)], False),
+        ([nft_event(DELETED_TABLE, OURS), nft_event(NEW_TABLE, OURS)], True),
+        ([nft_event(NEW_TABLE, OURS), nft_event(DELETED_TABLE, ANOTHER)], True),
+        ([nft_event(DELETED_TABLE, ANOTHER), nft_event(NEW_CHAIN, OURS), nft_event(DELETED_RULE, OURS)], None),
+        ([nft_event(DELETED_TABLE, OURS)[:-9]], None),
+        ([nft_event(DELETED_TABLE, OURS)[:-9], nft_event(NEW_TABLE, OURS)], None),
+        ([bytes(40)], None),
+        ([b"\xff" * 40], None),
+    ],
+)
+def test_of_the_tables_events_the_last_one_that_speaks_of_ours_counts(messages: list[bytes], news: bool | None) -> None:
+    assert parse_table_events(b"".join(messages), OURS) is news

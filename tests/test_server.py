@@ -115,6 +115,37 @@ def opened(client: BookPeer, datagram: bytes) -> bytes:
     return unsealed(client.current, datagram)
 
 
+# -- the gateway -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_whose_nft_table_others_remove_is_made_again_and_again_if_that_fails() -> None:
+    setup = RunScript("up", {"port": 5000})
+    server = Server(
+        SERVER_KEY, Network(TUNNEL4, TUNNEL6), [], [], Offer(1420, True, False), reserved=0, port=5000,
+        entropy=random.Random(5).randbytes, rng=random.Random(6), now=1000.0, wall=WALL, setup=setup,
+    )  # fmt: skip
+    server.events()
+    assert server.next_deadline() == float("inf")
+    server.table_seen(1001.0, is_there=False)
+    for failure in (ConfigError("nft: busy"), None):
+        due = server.next_deadline()
+        assert 1001.0 < due < 1002.0
+        server.handle_timeout(due)
+        assert server.events() == [setup]
+        assert server.next_deadline() == float("inf"), "while the script runs"
+        if failure is None:
+            server.table_seen(due, is_there=True)
+        server.job_done(setup, failure, due + 0.01)
+    assert server.next_deadline() == float("inf")
+
+
+def test_a_gateway_that_is_somebody_elses_affair_is_left_alone() -> None:
+    net = Simnet()
+    net.server.table_seen(net.now, is_there=False)
+    net.run(10.0)
+    assert [verb for side, verb, _ in net.scripts if side == "server" and verb == "up"] == []
+
+
 # -- many clients ----------------------------------------------------------------------------------------------------
 
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import pytest
 
 from mptunnel.config import ALL_ROUTES, Link
 from mptunnel.netlink import parse_picture
 from mptunnel.plan import Tunnel
-from mptunnel.upkeep import FIRST_SPACING, LONGEST_SPACING, PEACE_AFTER, TUNNEL, Picture, Route, Rule, Upkeep
+from mptunnel.upkeep import (
+    FIRST_SPACING,
+    LONGEST_SPACING,
+    PEACE_AFTER,
+    TABLE_SETTLES,
+    TUNNEL,
+    Picture,
+    Route,
+    Rule,
+    Upkeep,
+)
 from mptunnel.uplinks import Way
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    import pytest
 
 WAY = Way("wan1", 2, ip_address("192.0.2.2"), ip_address("198.51.100.1"), ip_address("192.0.2.254"))
 RULE = Rule(4, 5201, "192.0.2.2", "198.51.100.1", "5201")
@@ -164,3 +175,60 @@ def test_the_picture_has_what_can_be_ours_and_no_more() -> None:
     found = parse_picture(rules, routes)
     assert found.rules == {RULE, Rule(4, 5208, "192.0.2.2", "all", "5208", "ipproto tcp sport 22")}
     assert found.routes == {ROUTE, IN4[0], Route(6, "5202", ip_network("::/0"), "wan1", "fe80::1")}
+
+
+# -- the nft table ---------------------------------------------------------------------------------------------------
+
+
+def with_gateway() -> Upkeep:
+    upkeep = Upkeep("mpt0")
+    upkeep.gateway_asked()
+    upkeep.script_done(TUNNEL)
+    return upkeep
+
+
+def test_a_table_that_goes_is_made_again_after_a_moment_by_server_and_client() -> None:
+    for upkeep in (with_gateway(), with_tunnel()):
+        assert upkeep.next_deadline() == float("inf")
+        upkeep.table_seen(100.0, is_there=False)
+        assert upkeep.next_deadline() == 100.0 + TABLE_SETTLES
+        assert upkeep.due(100.0) == []
+        assert upkeep.due(100.0 + TABLE_SETTLES) == [TUNNEL]
+
+
+def test_a_table_that_is_replaced_is_nobodys_business() -> None:
+    upkeep = with_gateway()
+    upkeep.table_seen(100.0, is_there=False)
+    upkeep.table_seen(100.0, is_there=True)
+    assert upkeep.next_deadline() == float("inf")
+    assert upkeep.due(200.0) == []
+
+
+def test_nothing_is_made_again_while_the_script_is_at_it() -> None:
+    upkeep = with_gateway()
+    upkeep.gateway_asked()
+    upkeep.table_seen(100.0, is_there=False)
+    assert upkeep.due(101.0) == []
+    upkeep.script_done(TUNNEL)
+    assert upkeep.due(101.0) == [TUNNEL]
+
+
+def test_who_goes_on_removing_the_table_is_fought_ever_more_slowly_and_told_of_twice(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    upkeep, now, times = with_gateway(), 100.0, []
+    while now < 1000.0:
+        if upkeep.due(now):
+            times.append(now)
+            upkeep.gateway_asked()
+            upkeep.table_seen(now, is_there=True)
+            upkeep.script_done(TUNNEL)
+        upkeep.table_seen(now, is_there=False)
+        now = max(now + 0.01, upkeep.next_deadline())
+    spacings = [later - earlier for earlier, later in pairwise(times)]
+    assert spacings[0] == pytest.approx(FIRST_SPACING, abs=0.02)
+    assert spacings[-1] == pytest.approx(LONGEST_SPACING, abs=0.02)
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
+    assert "firewall rules" in caplog.text
+    assert "networkd" not in caplog.text
