@@ -24,6 +24,7 @@ path with the least delay is exempt from all this (see `scheduler`).
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ FREE_AFTER: Final = 2.0  # s without having been at the limit
 BURST_TIME: Final = 0.02  # s of the rate that may go at once
 FULL: Final = 1500  # bytes of a full datagram on the wire
 LEAST_GIVEN: Final = 20  # datagrams: fewer say nothing of a loss
+LOSS_SPAN: Final = 0.2  # s: a shorter time neither
 LOSES_FOR: Final = 1.0  # s
 OUTAGE: Final = 0.4  # s without feedback, though in use: what happened meanwhile says nothing of a rate
 DROUGHT: Final = 0.25  # s in which feedback came, and said that nothing had come: an outage in one direction
@@ -162,10 +164,11 @@ class Cap:
             return False  # an older one that came late
         seen = self._seen
         seen.append((at, given, given_bytes, delivered))
-        if not (is_worst and self._lost_half()):
-            self._loses_since = INF
-        elif self._loses_since == INF:
-            self._loses_since = now
+        if len(seen) > 1 and given > seen[-2][1]:  # else nobody knows of what more has come
+            if not (is_worst and self._lost_half()):
+                self._loses_since = INF
+            elif self._loses_since == INF:
+                self._loses_since = now
         while seen[0][0] < at - RATE_SPAN and seen[1][0] <= at - RATE_LEAST_SPAN:
             seen.popleft()
         rate = self.delivered_rate()
@@ -253,9 +256,15 @@ class Cap:
         return now - since <= RESPONDS_IN + 2 * length
 
     def _lost_half(self) -> bool:
-        """Whether it delivered less than half of what it was given since some feedback not long ago."""
-        _, given, _, delivered = self._seen[-1]
-        before = next((seen for seen in reversed(self._seen) if given - seen[1] >= LEAST_GIVEN), None)
+        """Whether it delivered less than half of what it was given since some feedback not long ago.
+
+        What was given is known as of the last message heard, what was delivered as of now. So only feedback that
+        brought news of both is compared.
+        """
+        known = [later for earlier, later in pairwise(self._seen) if later[1] > earlier[1]]
+        at, given, _, delivered = known[-1]
+        long_ago = (seen for seen in reversed(known) if seen[0] <= at - LOSS_SPAN and given - seen[1] >= LEAST_GIVEN)
+        before = next(long_ago, None)
         return before is not None and 2 * (delivered - before[3]) < given - before[1]
 
 

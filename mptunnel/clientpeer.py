@@ -12,6 +12,7 @@ a challenge gets no more than answers smaller than what it sent.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import messages
@@ -59,7 +60,8 @@ log = logging.getLogger(__name__)
 
 IN_USE: Final = 10.0
 UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
-ROUTE_SPACING: Final = 1.0  # a client that changes its MTU all the time must not keep the host busy
+ROUTE_SPACING: Final = 1.0  # s: a client that changes its MTU all the time must not keep the host busy
+ROUTES_AT_ONCE: Final = 4  # but at its start it does so once or twice, and what connects then keeps the MTU it finds
 HELLO_WITHIN: Final = 3.0  # of the first data under a session: else the client is a stock peer now
 UNPROVEN_SHARE: Final = 3  # times what came from an address may go there while its client may yet say HELLO (R4)
 
@@ -96,7 +98,7 @@ class ClientPeer(Peer):
         self._hello_order = (-1, -1)  # session and counter of the newest HELLO
         self._unsaid = (-1, -INF)  # the session in which data came last, and when the first of it came
         self._unbound_answers = Allowance()
-        self._mtu_told_at = -INF
+        self._mtu_told_at: deque[float] = deque([-INF] * ROUTES_AT_ONCE, ROUTES_AT_ONCE)
         self._stock_from = -INF if record.stock else INF  # before that its HELLO may be under way
         self._credit = 0  # bytes that may go to `endpoint` before that
 
@@ -276,7 +278,7 @@ class ClientPeer(Peer):
             self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
         if is_newest and hello.mtu != self.tunnel_mtu:
             self.tunnel_mtu = hello.mtu
-            self.timers.at(Timer.ROUTE, max(now, self._mtu_told_at + ROUTE_SPACING))
+            self.timers.at(Timer.ROUTE, max(now, self._mtu_told_at[0] + ROUTES_AT_ONCE * ROUTE_SPACING))
         if not (self._unbound_answers.take(now) if path is None else path.may_answer(now)):
             return
         answer = Hello(
@@ -412,7 +414,7 @@ class ClientPeer(Peer):
 
     def _expired(self, timer: Timer, now: float, out: list[Transmit]) -> None:
         if timer is Timer.ROUTE:
-            self._mtu_told_at = now
+            self._mtu_told_at.append(now)
             self.news.append(self.tunnel_mtu)
             return
         super()._expired(timer, now, out)

@@ -35,7 +35,7 @@ OUTAGE: Final = 0.3
 ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
 INF: Final = float("inf")
 _GAP: Final = 0.02  # s: shorter silences are not worth a look
-_MAX_SUSPECTS: Final = 64  # silences that wait to be settled, the longest
+_MAX_SUSPECTS: Final = 16  # silences of one way that wait to be settled, the longest
 
 IS_DATA: Final = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
 
@@ -235,8 +235,9 @@ class Gaps:
 
     def _suspect(self, suspect: Suspect) -> None:
         self._suspects.append(suspect)
-        if len(self._suspects) > _MAX_SUSPECTS:
-            self._suspects.remove(min(self._suspects, key=_length))
+        alike = [other for other in self._suspects if other.way is suspect.way]
+        if len(alike) > _MAX_SUSPECTS:
+            self._suspects.remove(min(alike, key=_length))
 
     def _resolve(self, suspect: Suspect) -> None:
         way = suspect.way

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 SHORT = 0.02  # s: silences up to this are none
 OUTAGE = 0.3  # s: longer ones that another wire bridges are outages
@@ -52,10 +52,16 @@ def account(order: Mapping[Key, int], came: Sequence[tuple[float, int, Key]], wi
 
 
 def find_gaps(
-    order: Mapping[Key, int], arrivals: Sequence[tuple[float, Key]], by: Mapping[Key, Sequence[int]]
+    order: Mapping[Key, int],
+    arrivals: Sequence[tuple[float, Key]],
+    by: Mapping[Key, Sequence[int]],
+    others: Collection[Key] = (),
 ) -> list[tuple[float, bool]]:
-    """Return the silences between arrivals in which a packet was due, and whether another wire brought one of them."""
-    here = {order[key] for _, key in arrivals}
+    """Return the silences between arrivals in which a packet was due, and whether another wire brought one of them.
+
+    `others` have come too, and end no silence.
+    """
+    here = {order[key] for _, key in arrivals} | {order[key] for key in others if key in order}
     anywhere = {order[key] for key in by}
     found, newest, before, silence = [], -1, arrivals[0][0], 0.0
     for at, key in arrivals:

@@ -14,7 +14,7 @@ from mptunnel.messages import Control
 from mptunnel.records import Fields
 from mptunnel.timers import Timer
 from tests.bookpeer import BookPeer
-from tests.count import NOBODY, Key, account
+from tests.count import NOBODY, Key, account, find_gaps
 from tests.simnet import CLIENT_PUBLIC, PSK, SERVER_KEY, Simnet, Traffic, Wire
 
 SIZE = 700  # of the data: no control message is of this size
@@ -40,6 +40,8 @@ class Count:
         self.order: dict[str, dict[Key, int]] = {side: {} for side in SIDES}  # in which they were sealed
         self.came: dict[str, list[tuple[float, int, Key]]] = {side: [] for side in SIDES}  # when, and by which wire
         self.spares_control = False  # whether the weather is for data alone
+        self.sealed: dict[str, list[Key]] = {side: [] for side in SIDES}  # data and control messages, in this order
+        self.controls: dict[str, set[Key]] = {side: set() for side in SIDES}  # those of the latter that came
         self._delays = [wire.delay for wire in net.wires]
         net.tap = self._pass
 
@@ -55,12 +57,17 @@ class Count:
         key = (datagram[4:8], int.from_bytes(datagram[8:16], "little"))
         if is_data:
             self.order[side].setdefault(key, len(self.order[side]))
+        if datagram[0] == 4 and (not is_data or key not in self.sealed[side]):
+            self.sealed[side].append(key)
+        if not is_data:
+            self.controls[side].add(key)
         if self.spares_control and not is_data:
             wire.delay = self._delays[number]
             return datagram
         wire.delay = self._delays[number] + self.rng.random() * weather.jitter
         if any(begin <= now < end for begin, end in weather.cuts) or self.rng.random() < weather.loss:
             wire.counts[f"lost_{side}"] += 1
+            self.controls[side].discard(key)
             return None
         if is_data and not self.net.down[number]:
             self.came[side].append((now + wire.delay, number, key))
@@ -69,6 +76,17 @@ class Count:
     def account(self, side: str) -> dict[str, Any]:
         """What the receipts should say of a direction."""
         return account(self.order[side], self.came[side], len(self.net.wires))
+
+    def longest(self, side: str, number: int | None = None) -> float:
+        """Return the longest gap in ms if every lost control message had been a packet: nobody can tell them apart."""
+        everything = {key: at for at, key in enumerate(self.sealed[side])}
+        firsts: dict[Key, float] = {}
+        for at, wire, key in sorted(self.came[side], key=lambda each: each[0]):
+            if number in {None, wire}:
+                firsts.setdefault(key, at)
+        arrivals = [(at, key) for key, at in firsts.items()]
+        gaps = find_gaps(everything, arrivals, dict.fromkeys(firsts, ()), self.controls[side])
+        return 1e3 * max((length for length, _ in gaps), default=0.0)
 
 
 def started(*delays: float, seed: int = 1) -> tuple[Simnet, Count]:
@@ -112,15 +130,17 @@ def check(net: Simnet, count: Count, *, is_told: bool = True) -> None:
             got = said(net, side, at)
             for name in ("packets", "received", "lost", "saved"):
                 assert got[name] == expected[name], f"{at} says {name} {side}"
-            assert got["longest_gap_ms"] == pytest.approx(expected["longest_gap_ms"], abs=0.1), f"{at}, {side}"
-            for alone, truth in zip(got["paths"], expected["paths"], strict=True):
+            least, most = expected["longest_gap_ms"], count.longest(side)
+            assert least - 0.1 <= got["longest_gap_ms"] <= most + 0.1, f"{at}, {side}"
+            for number, (alone, truth) in enumerate(zip(got["paths"], expected["paths"], strict=True)):
                 for name in ("first", "missed", "lost", "outages_bridged"):
                     assert alone[name] == truth[name], f"{at} says {name} {side}"
-                assert alone["longest_gap_ms"] == pytest.approx(truth["longest_gap_ms"], abs=0.1), f"{at}, {side}"
+                least, most = truth["longest_gap_ms"], count.longest(side, number)
+                assert least - 0.1 <= alone["longest_gap_ms"] <= most + 0.1, f"{at}, {side}"
                 assert alone["bridged_s"] == pytest.approx(truth["bridged_s"], abs=0.002), f"{at}, {side}"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, 2, 14, 22])  # with the last two, gaps of four paths may hide the tunnel's own
 @pytest.mark.parametrize("delays", [(0.02, 0.06), (0.02, 0.06, 0.3, 0.02)])
 def test_both_ends_say_of_both_directions_what_the_wires_have_done(delays: tuple[float, ...], seed: int) -> None:
     net, count = started(*delays, seed=seed)

@@ -115,6 +115,12 @@ def opened(client: BookPeer, datagram: bytes) -> bytes:
     return unsealed(client.current, datagram)
 
 
+def test_a_client_that_has_just_come_has_its_full_mtu_at_once_for_what_connects_then_keeps_what_it_finds() -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06))
+    net.run(0.5)
+    assert [values["mtu"] for _, verb, values in net.scripts if verb == "peer-up"][-1] == 1420
+
+
 # -- the gateway -----------------------------------------------------------------------------------------------------
 
 
