@@ -154,6 +154,7 @@ class Client(Role):
         self._tunnel: Tunnel | None = None
         self._tunnel_mtu = MIN_MTU
         self._state = "connecting"
+        self._outside: Resolve | None = None  # the server's name is being looked up outside the tunnel
         self._state_at = now
         self._has_warned = False
         self._joined: ServerRecord | None = None  # what is being saved
@@ -291,7 +292,8 @@ class Client(Role):
         if self._handshakes:
             return -INF
         due = self._peer.scheduled_at = self._peer.next_deadline()
-        due = min(due, self._join_until, self._servers.resolve_at, self._mend_at, *self._reopen_at.values())
+        due = min(due, self._join_until, self._servers.resolve_at, self._servers.outside_at, self._mend_at)
+        due = min(due, *self._reopen_at.values()) if self._reopen_at else due
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, self.ledger.due)
@@ -309,6 +311,8 @@ class Client(Role):
             self._arrange(now)
         if now >= self._servers.resolve_at and self._servers.asked(now):
             self._events.append(Resolve(self._settings.server, self._settings.port))
+        if now >= self._servers.outside_at:
+            self._ask_outside(now)
         if now >= self._mend_at:
             self._mend(now)
         self._review_state(now)
@@ -327,8 +331,12 @@ class Client(Role):
             self._script_done(job, failure, now)
         elif isinstance(job, SaveState):
             self._saved(job, failure, now)
-        elif isinstance(job, Resolve) and failure is None:
-            self._resolved(tuple(result) if isinstance(result, tuple) else (), now)
+        elif isinstance(job, Resolve):
+            if job is self._outside:
+                self._outside = None
+                self._ask_names(inside=True)
+            if failure is None:
+                self._resolved(tuple(result) if isinstance(result, tuple) else (), now)
 
     def close(self, now: float) -> None:
         """Say goodbye on every path, and leave the last timestamp on disk."""
@@ -445,6 +453,8 @@ class Client(Role):
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
             log.warning("%s: %s", job.verb, failure)
+        if job.verb == "dns" and not job.values["dns"] and self._outside is not None:
+            self._events.append(self._outside)
         if self._upkeep is not None and job.verb in {"path-up", "up"}:
             self._upkeep.script_done(int(str(job.values.get("path", TUNNEL))))
         if job.verb != "path-up":
@@ -474,6 +484,25 @@ class Client(Role):
         elif not (in_use & set(addresses)) and self._state != "up":
             self._next_server(now)
 
+    def _ask_outside(self, now: float) -> None:
+        """Nothing answers, and the server may have moved: ask for its name those who were asked before the tunnel was.
+
+        What we have changed of the host's name servers is taken back until the answer is there.
+        """
+        self._servers.asked_outside(now)
+        if self._outside is None:
+            self._outside = Resolve(self._settings.server, self._settings.port)
+            if self._tunnel is not None and self._tunnel.dns:
+                self._ask_names(inside=False)
+            else:
+                self._events.append(self._outside)
+
+    def _ask_names(self, *, inside: bool) -> None:
+        """Let the script have names asked through the tunnel, or as they were before."""
+        if self._tunnel is not None and self._tunnel.dns:
+            dns = self._tunnel.dns if inside else ()
+            self._events.append(RunScript("dns", {"dns": dns, "servers": tuple(self._servers.known)}))
+
     def _next_server(self, now: float) -> None:
         """Every path is silent: try the next address of each IP version."""
         self._servers.turn(now)
@@ -484,9 +513,11 @@ class Client(Role):
         state = self._whole_state(now)
         if state != self._state:
             if state == "up":
+                self._servers.answered()
                 log.info("tunnel up: %s", self._membership_name())
                 self._events.append(self._peer.notice(NoticeKind.TUNNEL_UP, now))
             elif self._state == "up":
+                self._servers.silent(now)
                 log.warning("tunnel silent: no path reaches %s; trying for ever", self._membership_name())
                 self._events.append(self._peer.notice(NoticeKind.TUNNEL_SILENT, now))
                 self._has_warned = True

@@ -94,6 +94,7 @@ class Loop:
         self._fds: list[int] = []  # the same descriptors, as select wants them
         self._watch(tun.fileno(), self._tun_ready)
         self._watch(self._worker.fileno(), self._worker_ready)
+        self._lookups: Worker[Job | Snapshot] | None = None
         self._control: ControlServer | None = None
         self._hook = Hook(settings.on_event) if settings.on_event else None
         self._pending: dict[int, tuple[Pending, Any]] = {}
@@ -302,8 +303,10 @@ class Loop:
 
     def _take_up(self, event: Event, moment: float) -> None:
         match event:
-            case SaveState() | RunScript() | Resolve():
+            case SaveState() | RunScript():
                 self._worker.submit(event)
+            case Resolve():
+                self._look_up(event)
             case Notice():
                 self._tell(event)
             case Stop():
@@ -311,6 +314,13 @@ class Loop:
                 self._is_stopping = True
             case _:
                 raise AssertionError(event)
+
+    def _look_up(self, name: Resolve) -> None:
+        """Look a name up in a thread of its own, which begins with the first: that may take half a minute."""
+        if self._lookups is None:
+            self._lookups = Worker(self._perform)
+            self._watch(self._lookups.fileno(), self._worker_ready)
+        self._lookups.submit(name)
 
     def _tell(self, notice: Notice) -> None:
         """Let those know who listen, and the user's program."""
@@ -334,8 +344,9 @@ class Loop:
         return None
 
     def _worker_ready(self, moment: float) -> bool:
-        for job, result in self._worker.results():
-            self._job_done(job, result, moment)
+        for worker in filter(None, (self._worker, self._lookups)):
+            for job, result in worker.results():
+                self._job_done(job, result, moment)
         return False
 
     def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:

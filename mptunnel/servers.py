@@ -1,7 +1,9 @@
 """The server's addresses, at a client: those known, in the order in which they are tried, and when its name is due.
 
 All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
-tunnel, and every 2 s while no address is known. What a later answer does not name any more stays only if it is in use.
+tunnel, and every 2 s while no address is known. While nothing answers it is looked up outside the tunnel after 30 s,
+after 60 s more and so on, up to every hour: the server may have moved. What a later answer does not name any more stays
+only if it is in use.
 """
 
 from __future__ import annotations
@@ -18,24 +20,42 @@ if TYPE_CHECKING:
 
 RESOLVE_EVERY: Final = 3600.0
 RESOLVE_AGAIN: Final = 2.0  # while no address is known
+OUTSIDE_AFTER: Final = 30.0  # s without an answer
 
 
 class Servers:
     """The addresses of one server, `known` in order. `name` is how the user calls it, perhaps one of them."""
 
-    __slots__ = ("_is_literal", "known", "resolve_at", "turned_at")
+    __slots__ = ("_is_literal", "_pause", "known", "outside_at", "resolve_at", "turned_at")
 
     def __init__(self, name: str, known: Iterable[IPAddress], now: float) -> None:
         self._is_literal = _is_literal(name)
         self.known = list(known)
         self.turned_at = now  # when another address was tried last
         self.resolve_at = INF
+        self.outside_at = INF  # when the name is to be looked up outside the tunnel
+        self._pause = OUTSIDE_AFTER
         self.asked(now)
+        self.silent(now)
 
     def asked(self, now: float) -> bool:
         """The name is due; return whether there is anything to look up."""
         self.resolve_at = now + (RESOLVE_EVERY if self.known else RESOLVE_AGAIN)
         return not self._is_literal
+
+    def silent(self, now: float) -> None:
+        """Nothing answers any more."""
+        self._pause = OUTSIDE_AFTER
+        self.outside_at = INF if self._is_literal else now + OUTSIDE_AFTER
+
+    def answered(self) -> None:
+        """The server is where we think it is."""
+        self.outside_at = INF
+
+    def asked_outside(self, now: float) -> None:
+        """The name is looked up outside the tunnel now; for the next time there is twice as long."""
+        self._pause = min(2 * self._pause, RESOLVE_EVERY)
+        self.outside_at = now + self._pause
 
     def in_use(self) -> dict[int, IPAddress]:
         """Return the address in use of each IP version: the first that is known."""

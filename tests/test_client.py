@@ -27,7 +27,7 @@ from mptunnel.config import (
     wireguard_text,
 )
 from mptunnel.errors import ConfigError, RefusedError, UnreachableError
-from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState
+from mptunnel.events import ClosePath, Notice, NoticeKind, OpenPath, Resolve, RunScript, SaveState
 from mptunnel.messages import INITIATION, TRANSPORT, Control
 from mptunnel.packet import PLAIN
 from mptunnel.path import PathState
@@ -53,11 +53,12 @@ from tests.simnet import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mptunnel.events import Event
+    from mptunnel.events import Event, Job
     from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 UP = ipv4(CLIENT, TARGET, b"x")
+DNS = (IPv4Address("9.9.9.9"),)
 
 
 def token_for(server: bytes = SERVER_PUBLIC, seed: int = 8, hours: float = 1.0) -> tuple[JoinToken, TokenRecord]:
@@ -444,6 +445,7 @@ def test_the_name_is_looked_up_every_hour_and_a_new_address_is_kept() -> None:
     client = client_of("wan1")
     client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
     settled(client)
+    client._servers.answered()  # else it would be looked up sooner
     asked: list[Resolve] = []
     now = 1000.0
     while not asked:
@@ -467,6 +469,60 @@ def test_a_name_that_does_not_resolve_at_start_is_asked_again_every_2_s() -> Non
     (asked,) = [event for event in client.events() if isinstance(event, Resolve)]
     client.job_done(asked, (SERVER_ADDRESS,), 1002.1)
     assert [event.server[0] for event in settled(client, 1002.1) if isinstance(event, OpenPath)] == [SERVER_ADDRESS]
+
+
+def test_a_server_that_is_silent_is_looked_up_ever_more_rarely_for_it_may_have_moved() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    opened: list[OpenPath] = []
+    asked: list[float] = []
+    now = 1000.0
+    while now < 1000.0 + 3000.0:
+        for event in settled(client, now):
+            if isinstance(event, Resolve):
+                asked.append(now)
+                client.job_done(event, (SERVER_ADDRESS,), now)
+            elif isinstance(event, OpenPath):
+                opened.append(event)
+        now = client.next_deadline()
+        client.handle_timeout(now)
+    assert asked == [1030.0, 1090.0, 1210.0, 1450.0, 1930.0, 2890.0]
+    assert len(opened) == 1
+
+
+def test_names_are_asked_as_they_were_before_the_tunnel_while_a_silent_server_is_looked_up() -> None:
+    net = Simnet(
+        settings=ClientSettings(server="sim.example", interfaces=("w0", "w1"), dns_mode=DnsMode.FIXED, dns=DNS)
+    )
+    net.run(5.0)
+    for wire in net.wires:
+        wire.is_cut = True
+    net.scripts.clear()
+    looked_up: list[Any] = []
+    done, moved = net.client.job_done, IPv4Address("198.51.100.77")
+
+    def answer(job: Job, result: object, now: float) -> None:
+        if isinstance(job, Resolve):
+            looked_up.append((now, net.scripts[-1][2]["dns"]))
+            result = (moved,)
+        done(job, result, now)
+
+    net.client.job_done = answer  # type: ignore[method-assign]
+    net.run(40.0)
+    ((silent_at, _),) = net.told("client", NoticeKind.TUNNEL_SILENT)
+    assert looked_up == [(pytest.approx(silent_at + 30.0, abs=0.01), ())]
+    assert [values["dns"] for _, verb, values in net.scripts if verb == "dns"] == [(), DNS]
+    assert {way.server for way in net.client._ways.values()} == {moved}
+
+
+def test_a_server_that_is_named_by_its_address_is_not_looked_up() -> None:
+    net = Simnet(settings=ClientSettings(server="198.51.100.1", interfaces=("w0", "w1")))
+    net.run(5.0)
+    for wire in net.wires:
+        wire.is_cut = True
+    net.run(200.0)
+    assert [verb for _, verb, _ in net.scripts if verb == "dns"] == []
+    assert net.client._servers.outside_at == float("inf")
 
 
 # -- the host --------------------------------------------------------------------------------------------------------
