@@ -6,14 +6,17 @@ import errno
 import os
 import select
 import socket
+import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mptunnel import control, loop
+from mptunnel import control, loop, udp
 from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
+from mptunnel.events import Resolve, RunScript
 from mptunnel.loop import CALM, READS_PER_TURN, ClientLoop, ServerLoop
 from mptunnel.packet import PLAIN
 from mptunnel.timers import INF
@@ -200,3 +203,21 @@ def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest
     monkeypatch.setattr(made, "_sockets", {1: Socket()}, raising=False)
     assert made._send_one(b"sealed", [(None, 0), (None, 1)], 0.0)  # type: ignore[list-item]
     assert sent == [b"sealed"]
+
+
+def test_a_slow_lookup_of_a_name_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[object, object]] = []
+    answers = threading.Event()
+    monkeypatch.setattr(udp, "resolve", lambda *_: answers.wait(30.0) and ("resolved",))
+    monkeypatch.setattr(turning._role, "job_done", lambda job, result, _: done.append((job, result)))
+    turning._host = SimpleNamespace(run=lambda *_: None)  # type: ignore[assignment]
+    name, script = Resolve("sim.example", 5000), RunScript("path-up", {})
+    for job in (name, script):
+        turning._take_up(job, 0.0)
+    while not done:
+        turning.turns(1)
+    assert done == [(script, None)]
+    answers.set()
+    while len(done) < 2:
+        turning.turns(1)
+    assert done[1] == (name, ("resolved",))
