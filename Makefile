@@ -19,11 +19,12 @@ demo: demo-tools $(VENV)/.runs
 bench: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel bench
 
+# The simulated ones share the processors; those in namespaces are about milliseconds, and have the machine to themselves.
 test: test-tools $(VENV)/.tests
-	$(PYTEST) -q
+	$(PYTEST) -q -n auto -m "not netns and not slow"
+	$(PYTEST) -q -m "netns and not slow"
 
-check: test-tools $(VENV)/.tests lint
-	$(PYTEST) -q
+check: test-tools $(VENV)/.tests lint test
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check .
