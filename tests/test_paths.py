@@ -109,6 +109,21 @@ def test_half_of_one_path_and_the_other_half_of_another_make_a_whole_one(make_tu
     check_all_arrived("up by path 2, down by path 1", datagrams.finish())
 
 
+@pytest.mark.slow
+def test_the_two_halves_live_through_a_renewal_of_the_keys(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=91)
+    tunnel.begin()
+    datagrams = Datagrams(tunnel.lab, 140.0, rate=200)
+    until(datagrams.begun + 0.5)
+    tunnel.lab.wire("p1").up.cut()
+    tunnel.lab.wire("p2").down.cut()
+    until(datagrams.begun + 135.0)
+    assert tunnel.status()["server"]["session_age"] < 20.0
+    assert [path["carries"] for path in tunnel.status()["paths"]] == [["down"], ["up"]]
+    check_all_arrived("up by path 2, down by path 1, for 140 s", datagrams.finish())
+    assert "tunnel silent" not in tunnel.log("cl")
+
+
 def test_ipv6_outside_carries_both_families_inside(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=84, ipv6=True, strict_rp_filter=True)
     tunnel.begin(server=SERVER6, uplinks=["-i", tunnel.lab.client_address6(1), "-i", "p2"])
