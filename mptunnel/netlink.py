@@ -15,11 +15,14 @@ import struct
 import subprocess
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.config import OUR_TABLES, Gateway, Link
 from mptunnel.errors import HostError
 from mptunnel.upkeep import EVERYTHING, Picture, Route, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # linux/rtnetlink.h: RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE, RTNLGRP_IPV6_RULE
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18
@@ -62,17 +65,8 @@ class Monitor:
     def drain(self) -> bool:
         """Read what has come in; return whether the picture may have changed."""
         changed = False
-        for _ in range(_READS):
-            try:
-                data = self._socket.recv(_BUFFER)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:  # some events were lost: then there were many
-                    raise
-                changed = True
-                continue
-            changed = changed or _is_news(data)
+        for data in _events(self._socket):
+            changed = changed or data is None or _is_news(data)
         return changed
 
     def close(self) -> None:
@@ -104,23 +98,29 @@ class TableWatch:
         If events were lost it counts as gone: there were many, and to make it anew does no harm.
         """
         news = None
-        for _ in range(_READS):
-            try:
-                data = self._socket.recv(_BUFFER)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                news = False
-                continue
-            last = parse_table_events(data, self._table)
+        for data in _events(self._socket):
+            last = False if data is None else parse_table_events(data, self._table)
             news = news if last is None else last
         return news
 
     def close(self) -> None:
         """Stop listening."""
         self._socket.close()
+
+
+def _events(sock: socket.socket) -> Iterator[bytes | None]:
+    """Yield what has come in; None where events were lost, for then there were many."""
+    for _ in range(_READS):
+        try:
+            data = sock.recv(_BUFFER)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None
+        else:
+            yield data
 
 
 def parse_table_events(data: bytes, table: bytes) -> bool | None:

@@ -673,9 +673,7 @@ class ServerPeer(Peer):
         patience = max(DEAF_AFTER, 3 * rtt)
         if not self.in_use(now):
             patience = max(patience, 3 * FOLLOW_UP)
-            if any(
-                path.carries_up(now) and not path.is_up for path in known
-            ):  # it is answered by another path, each time
+            if any(path.carries_up(now) and not path.is_up for path in known):  # answered by another path, each time
                 patience += self._idle_probe
         if now - max(self._echoed_at, *asked) > patience and max(asked) < INF:
             if self._silent_from == INF:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mptunnel import netlink
 from mptunnel.config import Gateway, Link
 from mptunnel.errors import HostError
-from mptunnel.netlink import Monitor, parse_connections, parse_links, parse_table_events, snapshot
+from mptunnel.netlink import Monitor, TableWatch, parse_connections, parse_links, parse_table_events, snapshot
 from tests.machines import machines
 
 if TYPE_CHECKING:
@@ -315,3 +315,15 @@ HANDLE = struct.pack("=HHQ", 12, 4, 7)
 )
 def test_of_the_tables_events_the_last_one_that_speaks_of_ours_counts(messages: list[bytes], news: bool | None) -> None:
     assert parse_table_events(b"".join(messages), OURS) is news
+
+
+def test_a_table_of_which_events_were_lost_counts_as_gone() -> None:
+    try:
+        watch = TableWatch("mptunnel_mpt9")
+    except PermissionError:
+        pytest.skip("who may not change tables is not told of them")
+    watch.close()
+    watch._socket = Deaf(OSError(errno.ENOBUFS, "overrun"))  # type: ignore[assignment]
+    assert watch.drain() is False
+    watch._socket = Deaf()  # type: ignore[assignment]
+    assert watch.drain() is None
