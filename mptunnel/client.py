@@ -292,8 +292,7 @@ class Client(Role):
         if self._handshakes:
             return -INF
         due = self._peer.scheduled_at = self._peer.next_deadline()
-        due = min(due, self._join_until, self._servers.resolve_at, self._servers.outside_at, self._mend_at)
-        due = min(due, *self._reopen_at.values()) if self._reopen_at else due
+        due = min(due, self._join_until, self._servers.next_deadline(), self._mend_at, *self._reopen_at.values())
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, self.ledger.due)

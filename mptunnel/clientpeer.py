@@ -160,7 +160,7 @@ class ClientPeer(Peer):
         if self.current is not None:
             super()._send_keepalive(now, out)
 
-    def _answer_ways(self, source: Any, now: float) -> list[Any]:
+    def _answer_ways(self, source: Any) -> list[Any]:
         """See `Peer._answer_ways`; where its path does not carry downwards, by those that may too."""
         path = self._bound.get(source)
         if path is None or path.carries_down:
@@ -285,7 +285,7 @@ class ClientPeer(Peer):
             is_answer=True, version=PROTOCOL_VERSION, oldest=PROTOCOL_VERSION, capabilities=self.identity.capabilities,
             instance=self._instance, mtu=self.mtu, mode=0, paths=len(self._bound), serial=hello.serial,
         )  # fmt: skip
-        for way in self._answer_ways(source, now):
+        for way in self._answer_ways(source):
             self._send_control(answer.encode(), way, self._bound.get(way), now, out)
             self._send_control(self._address.encode(), way, self._bound.get(way), now, out)
 

@@ -609,7 +609,7 @@ class Peer:
 
     def respond(self, response: bytes, source: Any, now: float, out: list[Transmit]) -> None:
         """Send a response to who initiated from `source`."""
-        ways = self._answer_ways(source, now)
+        ways = self._answer_ways(source)
         out += [Transmit(way, self._with_mac2(response, self._way_of(way), now), len(response)) for way in ways]
 
     def response_received(self, message: bytes, now: float, out: list[Transmit]) -> None:
@@ -849,7 +849,7 @@ class Peer:
         """What `to` leads to `source`."""
         return source
 
-    def _answer_ways(self, source: Any, now: float) -> Sequence[Any]:
+    def _answer_ways(self, source: Any) -> Sequence[Any]:
         """Return where the answer to a handshake or HELLO goes that came from `source`."""
         return [source]
 

@@ -186,13 +186,12 @@ class Register:
         if token.state in _TOMBSTONES:
             return _TOMBSTONES[token.state]
         known = self.records.get(enrol.public_key)
-        if token.state is TokenState.BOUND:
-            is_same = token.bound_to == enrol.public_key and known is not None
-            if not is_same:
-                return EnrolResult.USED
+        is_bound = token.state is TokenState.BOUND
+        if is_bound and (known is None or token.bound_to != enrol.public_key):
+            return EnrolResult.USED
         if known is not None and not _is_proven(enrol, token, own):
             return EnrolResult.KEY_REFUSED
-        if token.state is TokenState.BOUND:
+        if is_bound:
             return EnrolResult.ADMITTED
         try:
             name = check_name(enrol.name.decode("ascii"))

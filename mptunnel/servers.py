@@ -43,6 +43,10 @@ class Servers:
         self.resolve_at = now + (RESOLVE_EVERY if self.known else RESOLVE_AGAIN)
         return not self._is_literal
 
+    def next_deadline(self) -> float:
+        """When the name is to be looked up next, inside the tunnel or outside."""
+        return min(self.resolve_at, self.outside_at)
+
     def silent(self, now: float) -> None:
         """Nothing answers any more."""
         self._pause = OUTSIDE_AFTER
