@@ -30,6 +30,7 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy scripts/compile.py
 	shellcheck -s sh scripts/client.sh scripts/server.sh
 	shellcheck .ci/run
 
@@ -62,10 +63,11 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv here: on Debian 'apt-get install python3-venv'" >&2; exit 1; }
 
-$(VENV)/.runs: $(VENV)/bin/python pyproject.toml
+# The hot modules are compiled by the installation, and again when a source has changed.
+$(VENV)/.runs: $(VENV)/bin/python pyproject.toml scripts/compile.py $(wildcard mptunnel/*.py)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.tests: $(VENV)/bin/python pyproject.toml
+$(VENV)/.tests: $(VENV)/bin/python pyproject.toml scripts/compile.py $(wildcard mptunnel/*.py)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.runs

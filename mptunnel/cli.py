@@ -218,6 +218,9 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
     """Be the server or a client until the clean stop."""
     import logging  # noqa: PLC0415
 
+    from mptunnel import native  # noqa: PLC0415
+
+    native.use()
     from mptunnel import options  # noqa: PLC0415
 
     if options.is_server(given, labels):
@@ -493,6 +496,9 @@ def bench(ctx: click.Context, /, *, soak: float | None, as_json: str, **options:
 
     Beside no tunnel, wireguard-go and OpenVPN where they are installed; in namespaces of their own, without root.
     """
+    from mptunnel import native  # noqa: PLC0415
+
+    native.use()
     from mptunnel import bench as program  # noqa: PLC0415
 
     ctx.exit(program.main(program.Plan(**options, soak=soak or 0.0, json=as_json)))

@@ -20,13 +20,11 @@ import signal
 import time
 from collections import deque
 from time import CLOCK_BOOTTIME, clock_gettime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from mptunnel import host, netlink, udp
+from mptunnel import host, native, netlink, udp
 from mptunnel.aead import CIPHER
-from mptunnel.config import (
-    Fields,
-)
+from mptunnel.config import Fields
 from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState, Stop
@@ -67,6 +65,8 @@ LATEST: Final = 0.002  # s that it may wait for that
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 _NOTHING: list[int] = []
 
+R = TypeVar("R", bound="Client | Server")
+
 
 def now() -> float:
     """Return the time that everything is told, in seconds; it goes on in suspend and never back."""
@@ -77,12 +77,10 @@ class Snapshot:
     """Ask for the host as it is now; answered by a tuple of `Link` and the `Picture` of rules and routes."""
 
 
-class Loop:
+class Loop(Generic[R]):
     """What both roles need: the device, the worker, the control socket, signals."""
 
-    def __init__(
-        self, settings: Settings, role: Client | Server, tun: Tun, the_host: host.Host, state: StateDir
-    ) -> None:
+    def __init__(self, settings: Settings, role: R, tun: Tun, the_host: host.Host, state: StateDir) -> None:
         self._settings = settings
         self._role = role
         self._ledger = role.ledger
@@ -115,7 +113,7 @@ class Loop:
 
     def run(self) -> None:
         """Turn until the program is told to stop. Raises the error that ended the run."""
-        with _signals(self._stop) as wake:
+        with _signals() as wake:
             self._watch(wake, self._signalled(wake))
             control = ControlServer(self._settings.run_dir / f"{self._settings.device}.sock", self._asked)
             self._watch(control.fileno(), self._control_ready)
@@ -268,12 +266,13 @@ class Loop:
             self._role.drops["refused by the device"] += refused
 
     def _signalled(self, wake: int) -> Callable[[float], bool]:
-        def drain(_: float) -> bool:
+        def stop(_: float) -> bool:
             with contextlib.suppress(BlockingIOError):
                 os.read(wake, 4096)
+            self._stop()
             return False
 
-        return drain
+        return stop
 
     def _control_ready(self, moment: float) -> bool:
         """Take up who wants to ask."""
@@ -420,14 +419,18 @@ class Loop:
             "event not told to --on-event": self._hook.dropped if self._hook is not None else 0,
         }
         drops = status["drops"] | {name: count for name, count in queues.items() if count}
-        more = {"device": self._tun.name, "pid": os.getpid(), "offload": self._offload(), "cipher": CIPHER.name}
+        more = {
+            "device": self._tun.name,
+            "pid": os.getpid(),
+            "offload": self._offload(),
+            "cipher": CIPHER.name,
+            "core": native.core(),
+        }
         return {**status, **more, "drops": drops}
 
 
-class ServerLoop(Loop):
+class ServerLoop(Loop["Server"]):
     """The server's turn: one socket for everybody."""
-
-    _role: Server
 
     def __init__(
         self, settings: Settings, role: Server, tun: Tun, the_host: host.Host, state: StateDir, sock: udp.ServerSocket
@@ -464,10 +467,8 @@ class ServerLoop(Loop):
         self._socket.close()
 
 
-class ClientLoop(Loop):
+class ClientLoop(Loop["Client"]):
     """The client's turn: one socket for each path, and the host's links."""
-
-    _role: Client
 
     def __init__(self, settings: Settings, role: Client, tun: Tun, the_host: host.Host, state: StateDir) -> None:
         super().__init__(settings, role, tun, the_host, state)
@@ -591,12 +592,16 @@ class ClientLoop(Loop):
             log.warning("cannot see the links: %s", result)
 
 
+def _noted(number: int, frame: object) -> None:
+    """Do nothing about a signal: the loop finds it in the descriptor."""
+
+
 @contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Any:
-    """Turn SIGTERM, SIGINT and SIGHUP into a call of `stop` and a readable descriptor."""
+def _signals() -> Any:
+    """Turn SIGTERM, SIGINT and SIGHUP into a readable descriptor."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda *_: stop()) for number in wanted}
+    before = {number: signal.signal(number, _noted) for number in wanted}
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
         yield read

@@ -35,7 +35,7 @@ SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
 IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 _ALL_PATHS = (1 << MAX_PATHS) - 1
-PAUSES: Final = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
+PAUSES: Final[tuple[float, ...]] = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
 
 
 class _Mark(NamedTuple):

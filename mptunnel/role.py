@@ -42,7 +42,6 @@ MAX_TAKEN: Final = 8
 MAX_ANSWERED: Final = 4096
 INF: Final = float("inf")
 _NOBODY: Final = (None, None)
-_EPHEMERAL: Final = slice(8, 40)  # of an initiation
 _HANDSHAKE_SIZES = {INITIATION: INITIATION_SIZE, RESPONSE: RESPONSE_SIZE, COOKIE_REPLY: COOKIE_REPLY_SIZE}
 
 
@@ -201,7 +200,7 @@ class Role:
             owner[0].cookie_received(message, source)
 
     def _initiation_received(self, message: bytes, source: Any, now: float) -> None:
-        known = self._answered.get(message[_EPHEMERAL])
+        known = self._answered.get(_ephemeral(message))
         repeated = None if known is None else known.repeated_response(message, now)
         if known is not None and repeated is not None:
             self.drops["initiation repeated, answered"] += 1
@@ -219,7 +218,7 @@ class Role:
         if response is not None:
             if len(self._answered) >= MAX_ANSWERED:
                 del self._answered[next(iter(self._answered))]
-            self._answered[message[_EPHEMERAL]] = peer
+            self._answered[_ephemeral(message)] = peer
             peer.respond(response, source, now, self.out)
         self._after(peer, now)
 
@@ -260,3 +259,8 @@ class Role:
     def _after(self, peer: Peer, now: float) -> None:
         """`peer` has just been busy: take its news, note its deadline."""
         raise NotImplementedError
+
+
+def _ephemeral(initiation: bytes) -> bytes:
+    """Return the initiator's ephemeral key. No constant `slice`: mypyc takes what indexes bytes for a number."""
+    return initiation[8:40]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.form import FORM
 from tests.running import Maker, Opener, Tunnel, labs
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job: what the tests interrupt ignores it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_report_header() -> str:
+    return f"hot modules: {FORM}"
 
 
 @pytest.fixture(autouse=True)

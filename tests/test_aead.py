@@ -98,6 +98,7 @@ class OtherArguments(Honest):
         (None, False),
     ],
 )
+@pytest.mark.interpreted
 def test_another_module_of_that_name_is_used_only_if_it_does_the_same(
     module: dict[str, Any] | None, is_taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

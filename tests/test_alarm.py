@@ -88,6 +88,7 @@ def test_it_is_armed_by_the_first_answer_raised_once_and_over_with_its_length() 
 # -- in the tunnel -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("alarm_ms", [15, 100, 1000])
 @pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down")])
 @pytest.mark.parametrize("is_in_use", [True, False])
@@ -130,6 +131,7 @@ def test_sound_paths_never_raise_it_in_use_or_not(alarm_ms: int, seconds: float)
     assert (net.peer._serial > 1) == (seconds > 120.0)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("alarm_ms", "seconds"), [(15, 20.0), (100, 600.0)])
 def test_under_loss_it_is_raised_for_every_silence_that_long_and_for_no_other(alarm_ms: int, seconds: float) -> None:
     net = watched(alarm_ms, Wire(loss_up=0.2, loss_down=0.2), Wire(delay=0.06, loss_up=0.2, loss_down=0.2))

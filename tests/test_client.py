@@ -490,6 +490,7 @@ def test_a_server_that_is_silent_is_looked_up_ever_more_rarely_for_it_may_have_m
     assert len(opened) == 1
 
 
+@pytest.mark.interpreted
 def test_names_are_asked_as_they_were_before_the_tunnel_while_a_silent_server_is_looked_up() -> None:
     net = Simnet(
         settings=ClientSettings(server="sim.example", interfaces=("w0", "w1"), dns_mode=DnsMode.FIXED, dns=DNS)

@@ -26,7 +26,7 @@ CORE = [
 ]
 # -- the line: whatever opens, waits, runs or reads stands below, that is, higher up
 PROGRAM = [
-    "control state tun udp netlink worker wires options report figures micro commands",
+    "native control state tun udp netlink worker wires options report figures micro commands",
     "host lab membership admin",
     "hook pathcommands",
     "loop traffic load crowd watch",
@@ -53,7 +53,7 @@ WORLDLY_METHODS = {
 }  # fmt: skip
 OTHERS = {  # which of our modules may use what is not Python's own
     "cryptography": {"aead", "noise", "keys"},
-    "importlib": {"aead"},  # for the extension of qh3
+    "importlib": {"aead", "native"},  # for the extension of qh3, and our own ones
     "click": {"cli", "commands", "pathcommands", "options"},
     "rich": {"picture", "watch"},
     "pytun": {"tun"},

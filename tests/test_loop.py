@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from mptunnel.packet import Buffer
 
+pytestmark = pytest.mark.interpreted  # a loop turned by hand
+
 FRAME = PLAIN + ipv4(TARGET, "10.0.1.99", b"to nobody")
 
 

@@ -57,6 +57,7 @@ def at_endpoint(net: Simnet) -> Any:
 # -- indices and batches ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 def test_an_index_is_never_given_twice() -> None:
     rng = random.Random(1)
     table = IndexTable(lambda n: (rng.getrandbits(4)).to_bytes(n, "little"))

@@ -155,6 +155,7 @@ def test_a_gateway_that_is_somebody_elses_affair_is_left_alone() -> None:
 # -- many clients ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted
 def test_a_turn_with_a_thousand_clients_busies_only_those_that_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
     server, clients = many(1000)
     assert len(server._peers) == 1000

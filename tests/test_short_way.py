@@ -69,6 +69,7 @@ def unplug(net: Simnet) -> None:
     net.after(3.0, lambda: net.set_link(0, up=True))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("faults", [None, cut, unplug])
 def test_the_receipts_are_the_same_as_without_it(
     faults: Callable[[Simnet], None] | None, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +186,7 @@ def test_who_asks_is_told_of_what_is_not_in_the_books_yet() -> None:
     assert net.guest.packets_received == before + 3
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("what", "who"), [("_take_one", "guest"), ("_send_batch", "peer")])
 def test_one_packet_in_a_second_is_looked_at_closely(what: str, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would see that a client under steady traffic says HELLO no more; not more, for all the probes."""

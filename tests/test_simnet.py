@@ -30,6 +30,7 @@ def test_time_jumps_from_one_thing_to_the_next() -> None:
     assert net.now == 1100.0
 
 
+@pytest.mark.interpreted
 def test_a_wire_delays_loses_and_doubles_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Simnet(Wire(delay=0.25, loss_up=0.3, duplicate=0.5), seed=4)
     came: list[float] = []
@@ -82,6 +83,7 @@ def test_traffic_notices_what_came_twice_altered_or_never() -> None:
     assert traffic.longest_gap("down") == pytest.approx(0.02)
 
 
+@pytest.mark.interpreted
 def test_a_snapshot_sees_every_change_and_only_changes() -> None:
     net = Simnet(Wire())
     net.run(1.0)

@@ -1,0 +1,63 @@
+"""The hot modules as machine code: what is compiled, where it lies, and whether it belongs to these sources.
+
+An installation compiles them with mypyc, from the sources as they are, if there is a C compiler (`scripts/compile.py`).
+Without one, and where `MPTUNNEL_COMPILED=0` is set, the sources run interpreted and do the same. They lie in
+a directory of their own with a stamp beside them: sources that were changed afterwards run as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Final
+
+import mptunnel
+
+# All or none: compiled modules know the classes of each other as structures.
+MODULES: Final = (
+    "aead", "cap", "client", "clientpeer", "gaps", "history", "loop", "messages", "mtu", "packet", "path", "peer",
+    "receipts", "role", "scheduler", "server", "serverpeer", "session", "standby", "timers", "tun", "udp",
+)  # fmt: skip
+LIBRARY: Final = "hot__mypyc"  # all of their code; what bears their names only leads there
+DIRECTORY: Final = "compiled"
+STAMP: Final = "sources"
+SUFFIX: Final = EXTENSION_SUFFIXES[0]  # of this interpreter
+
+
+def fingerprint(package: Path) -> str:
+    """Return what changes with any source of the package: constants of all modules are in the code of the hot ones."""
+    crc = 0
+    for source in sorted(package.glob("*.py")):
+        crc = zlib.crc32(source.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
+def is_compiled(package: Path) -> bool:
+    """Say whether the compiled modules are there for this interpreter, and of these sources."""
+    directory = package / DIRECTORY
+    try:
+        return (directory / f"{LIBRARY}{SUFFIX}").exists() and (directory / STAMP).read_text() == fingerprint(package)
+    except OSError:  # no stamp
+        return False
+
+
+def use() -> None:
+    """Have the hot modules imported in their compiled form from now on; not if one of them is there already."""
+    directory = str(Path(mptunnel.__path__[0], DIRECTORY))
+    if os.environ.get("MPTUNNEL_COMPILED") == "0" or any(f"mptunnel.{name}" in sys.modules for name in MODULES):
+        return
+    if is_compiled(Path(mptunnel.__path__[0])):
+        mptunnel.__path__.insert(0, directory)
+        try:
+            import_module(f"mptunnel.{LIBRARY}")
+        except ImportError:  # of another C library than this system's
+            mptunnel.__path__.remove(directory)
+
+
+def core() -> str:
+    """Say how the hot modules run in this process: "compiled" or "interpreted"."""
+    return "compiled" if f"mptunnel.{LIBRARY}" in sys.modules else "interpreted"
