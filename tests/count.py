@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 SHORT = 0.02  # s: silences up to this are none
 OUTAGE = 0.3  # s: longer ones that another wire bridges are outages
+NEARLY = 0.005  # s that a silence may differ between where it was made and where it was seen
 NOBODY = -1  # the wire of a copy that came before its path was bound: it brings the packet, and counts for no path
 Key = tuple[bytes, int]  # session and counter
 
@@ -39,6 +40,7 @@ def account(order: Mapping[Key, int], came: Sequence[tuple[float, int, Key]], wi
                 "longest_gap_ms": 1e3 * max((length for length, _ in gaps), default=0.0),
                 "outages_bridged": len(outages),
                 "bridged_s": sum(outages),
+                "nearly_outages": sum(is_bridged and abs(length - OUTAGE) < NEARLY for length, is_bridged in gaps),
             }
         )
     return {

@@ -153,8 +153,8 @@ def check_counts(status: dict[str, Any], expected: dict[str, Any], end: str, way
     assert got["packets"] - expected["packets"] == extra
     for path in status["paths"]:
         alone, truth = path["alone"][way], expected["paths"][path["id"]]
-        for name in ("missed", "lost", "outages_bridged"):
-            assert alone[name] == truth[name], f"{end} says {name} of path {path['id']} {way}"
+        for name, unsure in (("missed", 0), ("lost", 0), ("outages_bridged", truth["nearly_outages"])):
+            assert abs(alone[name] - truth[name]) <= unsure, f"{end} says {name} of path {path['id']} {way}"
 
 
 def are_gaps_close(status: dict[str, Any], expected: dict[str, Any], flow: Flow, end: str, way: str) -> bool:
