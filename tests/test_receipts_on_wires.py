@@ -125,7 +125,7 @@ def test_the_receipts_say_what_the_wires_did_and_what_arrived(make_tunnel: Maker
     tunnel.begin()
     for name, delay in zip(WIRES, DELAYS, strict=True):
         tunnel.lab.wire(name).set(delay=delay)
-    time.sleep(0.6)  # the paths learn their delays
+    time.sleep(4.0)  # the paths learn their delays, and both ends are told what was while the tunnel came up
     was_quiet = False
     for _ in range(ATTEMPTS):
         flows, by_wires, said = live_through(tunnel)
