@@ -221,6 +221,7 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
     from mptunnel import native  # noqa: PLC0415
 
     native.use()
+    native.keep_memory()
     from mptunnel import options  # noqa: PLC0415
 
     if options.is_server(given, labels):
@@ -499,6 +500,7 @@ def bench(ctx: click.Context, /, *, soak: float | None, as_json: str, **options:
     from mptunnel import native  # noqa: PLC0415
 
     native.use()
+    native.keep_memory()
     from mptunnel import bench as program  # noqa: PLC0415
 
     ctx.exit(program.main(program.Plan(**options, soak=soak or 0.0, json=as_json)))

@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mptunnel import host, netlink, udp
 from mptunnel.client import Client, Membership
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT_MEMORY: Final = 4 << 20  # bytes at the end of the heap: a turn's super-packets and datagrams, several times
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
 
 def run_server(settings: ServerSettings) -> None:
     """Be the server until told to stop. Raises MptunnelError."""
@@ -58,7 +55,7 @@ def run_server(settings: ServerSettings) -> None:
         network = state.network() or new_network(settings.network4, os.urandom)
         the_host.run("up", _server_values(settings, network, ()))
         return
-    _set_up_memory()
+    _protect_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
         stack.enter_context(state.lock_server())
@@ -109,7 +106,7 @@ def run_client(settings: ClientSettings) -> None:
     if settings.dry_run:
         _show_client_plan(settings, the_host)
         return
-    _set_up_memory()
+    _protect_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
         settings, membership = find_membership(settings, state, log)
@@ -254,14 +251,11 @@ def _show_client_plan(settings: ClientSettings, the_host: host.Host) -> None:
     the_host.run("up", tunnel_values(replace(tunnel, dns=dns), settings.mtu, settings.routes, (server,), kept))
 
 
-def _set_up_memory() -> None:
-    """No core dumps: they would hold keys. And no memory given back that the next packets need again (mallopt(3))."""
+def _protect_memory() -> None:
+    """No core dumps: they would hold keys."""
     import ctypes  # noqa: PLC0415
     import resource  # noqa: PLC0415
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError):  # the latter: a C library without mallopt
-        library = ctypes.CDLL(None)
-        library.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE (linux/prctl.h)
-        library.mallopt(_M_TRIM_THRESHOLD, KEPT_MEMORY)
-        library.mallopt(_M_MMAP_THRESHOLD, KEPT_MEMORY)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE (linux/prctl.h)
