@@ -167,11 +167,16 @@ def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int)
     last = body + (count - 1) * size
     if count == 1:
         return [_tcp_segment(head, packet[body:], start, 0, size, flags)]
-    pieces: list[Buffer] = [_tcp_segment(head, packet[body : body + size], start, 0, size, flags & ~_ENDS)]
-    if count > 2:
-        middle = _headers(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size, range(1, count - 1))
-        pieces += _join(middle, body, packet, body + size, size)
-    pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
+    pieces: list[Buffer] = []
+    if flags & _CWR:
+        pieces.append(_tcp_segment(head, packet[body : body + size], start, 0, size, flags & ~_ENDS))
+    ends_alike = len(packet) - last == size and not flags & _ENDS
+    alike = range(len(pieces), count if ends_alike else count - 1)
+    if alike:
+        headers = _headers(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size, alike)
+        pieces += _join(headers, body, packet, body + alike.start * size, size)
+    if not ends_alike:
+        pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
     return pieces
 
 

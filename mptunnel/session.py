@@ -16,14 +16,14 @@ import enum
 import mmap
 import struct
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
 from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mptunnel.noise import SessionKeys
     from mptunnel.packet import Buffer
@@ -221,9 +221,10 @@ class Session:
         self.counter += count
         if any(_lacking(length, limit) for length in set(map(len, packets))):
             packets = [_padded(packet, limit) for packet in packets]
-        head = repeat(_START.pack(TRANSPORT, self.remote_index))
-        sealed = map(self._seal, _nonces(counters), map(bytes, packets), repeat(NO_DATA))  # no bytecode for each packet
-        return b"".join(chain.from_iterable(zip(head, map(_COUNTER.pack, counters), sealed, strict=False)))
+        parts = [_START.pack(TRANSPORT, self.remote_index)] * (3 * count)
+        parts[1::3] = map(_COUNTER.pack, counters)
+        parts[2::3] = map(self._seal, _nonces(counters), map(bytes, packets), repeat(NO_DATA))
+        return b"".join(parts)
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
@@ -322,12 +323,21 @@ def sealed_size(length: int, limit: int) -> int:
     return (max(length, limit) if padded > limit > 0 else padded) + OVERHEAD
 
 
-def runs(packets: Sequence[Buffer], limit: int) -> Iterator[tuple[Sequence[Buffer], int]]:
-    """Yield the packets in runs that one call can send, each with the size of its datagrams.
+def runs(packets: Sequence[Buffer], limit: int) -> Iterable[tuple[Sequence[Buffer], int]]:
+    """Return the packets in runs that one call can send, each with the size of its datagrams.
 
     All of a run are sealed to one size, but for the last one, which may be shorter. `limit` is that of `seal`.
     """
     lengths = [*map(len, packets)]
+    count = len(lengths)
+    if 0 < count <= MAX_SEGMENTS and lengths.count(lengths[0]) == count:  # as a rule they are the pieces of one frame
+        size = sealed_size(lengths[0], limit)
+        if count * size <= MAX_RUN:
+            return [(packets, size)]
+    return _runs(packets, lengths, limit)
+
+
+def _runs(packets: Sequence[Buffer], lengths: list[int], limit: int) -> Iterator[tuple[Sequence[Buffer], int]]:
     sealed = {length: sealed_size(length, limit) for length in set(lengths)}
     sizes = [*map(sealed.__getitem__, lengths)]
     at = 0
@@ -353,12 +363,15 @@ def read_counters(datagrams: memoryview, size: int) -> tuple[int, ...]:
     return _counters(size, -(-length // size)).unpack_from(datagrams)
 
 
-def same_headers(datagrams: memoryview, size: int) -> Iterator[memoryview]:
-    """Yield runs of consecutive datagrams that have the same type and index; as a rule that is all of them at once."""
+def same_headers(datagrams: memoryview, size: int) -> Iterable[memoryview]:
+    """Return runs of consecutive datagrams that have the same type and index; as a rule that is all of them at once."""
     heads = _heads(size, -(-len(datagrams) // size), len(datagrams) % size or size).unpack_from(datagrams)
     if heads.count(heads[0]) == len(heads):
-        yield datagrams
-        return
+        return [datagrams]
+    return _cut(datagrams, size, heads)
+
+
+def _cut(datagrams: memoryview, size: int, heads: Sequence[bytes]) -> Iterator[memoryview]:
     start = 0
     for number in range(1, len(heads) + 1):
         if number == len(heads) or heads[number] != heads[start]:
