@@ -11,6 +11,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
+HOT_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+	packet session messages peer clientpeer serverpeer path timers receipts one_way_paths chaos udp tun theft))
+
 .PHONY: demo bench test check check-plain lint format soak picture clean demo-tools test-tools
 
 demo: demo-tools $(VENV)/.runs
@@ -19,9 +22,11 @@ demo: demo-tools $(VENV)/.runs
 bench: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel bench
 
-# The simulated ones share the processors; those in namespaces are about milliseconds, and have the machine to themselves.
+# All simulated ones see the sources as they are, some of them what is compiled too; those in namespaces run the program
+# as it is installed. The simulated ones share the processors; those in namespaces are about milliseconds, and have the machine to themselves.
 test: test-tools $(VENV)/.tests
 	$(PYTEST) -q -n auto -m "not netns and not slow"
+	MPTUNNEL_COMPILED=1 $(PYTEST) -q -n auto -m "not netns and not slow and not interpreted" $(HOT_TESTS)
 	$(PYTEST) -q -m "netns and not slow"
 
 check: test-tools $(VENV)/.tests lint test

@@ -214,14 +214,19 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
             raise click.UsageError(f"{labels[name]} does not go with the command '{ctx.invoked_subcommand}'", ctx)
 
 
-def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str]) -> None:
-    """Be the server or a client until the clean stop."""
-    import logging  # noqa: PLC0415
-
+def _prepare_for_speed() -> None:
+    """Before the first of the hot modules is imported: have them compiled, and memory kept for packets."""
     from mptunnel import native  # noqa: PLC0415
 
     native.use()
     native.keep_memory()
+
+
+def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str]) -> None:
+    """Be the server or a client until the clean stop."""
+    import logging  # noqa: PLC0415
+
+    _prepare_for_speed()
     from mptunnel import options  # noqa: PLC0415
 
     if options.is_server(given, labels):
@@ -497,10 +502,7 @@ def bench(ctx: click.Context, /, *, soak: float | None, as_json: str, **options:
 
     Beside no tunnel, wireguard-go and OpenVPN where they are installed; in namespaces of their own, without root.
     """
-    from mptunnel import native  # noqa: PLC0415
-
-    native.use()
-    native.keep_memory()
+    _prepare_for_speed()
     from mptunnel import bench as program  # noqa: PLC0415
 
     ctx.exit(program.main(program.Plan(**options, soak=soak or 0.0, json=as_json)))

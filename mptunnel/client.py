@@ -4,9 +4,9 @@
 is new or different gets its rule and table by the script first, then a socket; its local port stays the same if the
 kernel allows. A path whose socket cannot be opened is tried again every second.
 
-**Joining.** With a token and no record of the server, the client first talks to it as the token's holder, says ENROL
-on every path, saves what it is given, and only then starts as itself. Without any answer for 15 s, or when refused,
-the run ends; without a token it never does.
+**Joining.** With a token and no record of the server, or one by another token, the client first talks to it as the
+token's holder, says ENROL on every path, saves what it is given, and only then starts as itself. Without any answer for
+15 s, or when refused, it goes on as the member that it was, or the run ends; without a token it never does.
 
 **Host.** What the scripts have made is held against what stands there after every look at the host (`upkeep`).
 The tunnel's addresses come from the server (ADDRESS) or, for a stock server, from its configuration; with
@@ -31,7 +31,7 @@ from mptunnel.config import (
     key_short,
     spelling,
 )
-from mptunnel.errors import BadPacketError, ConfigError, RefusedError, UnreachableError
+from mptunnel.errors import BadPacketError, ConfigError, MptunnelError, RefusedError, UnreachableError
 from mptunnel.events import (
     ClosePath,
     Endpoint,
@@ -305,7 +305,7 @@ class Client(Role):
             self._after(self._peer, now)
         if now >= self._join_until:
             self._join_until = INF
-            self._events.append(Stop(self._join_failure or self._unreachable()))
+            self._join_failed(self._join_failure or self._unreachable(), now)
         if any(at <= now for at in self._reopen_at.values()):
             self._arrange(now)
         if now >= self._servers.resolve_at and self._servers.asked(now):
@@ -674,11 +674,21 @@ class Client(Role):
             record = self._membership.record
             record.psk = enrolled.psk
             record.joined = True
+            record.joined_by = self._membership.token.ident
             self._joined = record
             self._save_record(record)
         else:
             why = _REFUSALS.get(enrolled.result, "for a reason that we do not know")
-            self._events.append(Stop(RefusedError(f"{self._membership_name()} refused us: {why}")))
+            self._join_failure = RefusedError(f"{self._membership_name()} refused us: {why}")
+            self._join_until = -INF
+
+    def _join_failed(self, error: MptunnelError, now: float) -> None:
+        """End the run, or go on as the member that an earlier token has made us."""
+        if self._membership.record.joined:
+            log.warning("%s; going on as the member that this client was before", error)
+            self._become_ourselves(now)
+        else:
+            self._events.append(Stop(error))
 
     def _saved(self, job: SaveState, failure: Exception | None, now: float) -> None:
         if failure is not None:
@@ -692,11 +702,11 @@ class Client(Role):
                     Stop(ConfigError(f"cannot save that we joined: {failure}; make room and try again"))
                 )
                 return
+            log.info("joined %s as %s", self._membership_name(), self._membership.name)
             self._become_ourselves(now)
 
     def _become_ourselves(self, now: float) -> None:
-        """We are admitted and it is on disk: from now on with our own key."""
-        log.info("joined %s as %s", self._membership_name(), self._membership.name)
+        """From now on with our own key."""
         self._joined = None
         self._membership.token = None
         self._peer.forget_keys()

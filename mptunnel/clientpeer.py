@@ -264,7 +264,7 @@ class ClientPeer(Peer):
             self._client_instance = hello.instance
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
-            self.receipts.restart()
+            self.receipts = self.receipts.successor()
             self.told = Told((session.serial - 1, 0))  # what the old one said last may still come
             if not is_compatible:
                 log.error(

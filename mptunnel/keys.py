@@ -107,6 +107,11 @@ class JoinToken:
             )
         return token
 
+    @property
+    def ident(self) -> str:
+        """The name it goes by on the server's command line and in its log, 8 hexadecimal digits."""
+        return token_ident(public_key(self.join_private()))
+
     def join_private(self) -> bytes:
         """Return the private key of the join identity."""
         return hashlib.blake2s(b"mptunnel join key", key=self.seed).digest()
@@ -114,6 +119,11 @@ class JoinToken:
     def join_psk(self) -> bytes:
         """Return the preshared key of the join session."""
         return hashlib.blake2s(b"mptunnel join psk", key=self.seed).digest()
+
+
+def token_ident(join_public: bytes) -> str:
+    """Return the name of the token with this join key."""
+    return hashlib.blake2s(join_public).hexdigest()[:8]
 
 
 def _check_token_letters(letters: str) -> None:

@@ -376,7 +376,8 @@ class Loop(Generic[R]):
     def _tell_offload(self) -> None:
         """Say once what the kernel does for us."""
         used = [name.replace("_", " ") for name, is_used in self._offload().items() if is_used]
-        log.info("offload: %s", ", ".join(used) or "none, one packet a call")
+        offload = ", ".join(used) or "none, one packet a call"
+        log.info("offload: %s; core: %s; cipher: %s", offload, native.core(), CIPHER.name)
         if not all(sock.has_large_buffer for sock in self._sockets_in_use()):
             log.info("receive buffers are smaller than wished; see sysctl net.core.rmem_max")
 

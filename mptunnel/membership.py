@@ -60,14 +60,17 @@ def _find_record(
     by_key = {record.public_key: record for record in known}
     token = settings.join
     if token is not None:
-        record = by_key.get(token.server_public)
-        if record is not None and record.joined:
-            log.info(
-                "this client is a member of that server already: the token is not needed and not used "
-                "(to join it anew, remove client/servers/%s from the state directory)", record.file_name
-            )  # fmt: skip
-            return record, None
-        return record or ServerRecord(token.server_public, noise.NO_PSK), token
+        record = by_key.get(token.server_public) or ServerRecord(token.server_public, noise.NO_PSK)
+        if not record.joined:
+            return record, token
+        if record.joined_by and record.joined_by != token.ident:
+            log.info("this client is a member of that server by token %s: joining anew by this one", record.joined_by)
+            return record, token
+        log.info(
+            "this client is a member of that server already: the token is not needed and not used "
+            "(to join it anew, remove client/servers/%s from the state directory)", record.file_name
+        )  # fmt: skip
+        return record, None
     if settings.server_key is not None:
         return by_key.get(settings.server_key) or ServerRecord(settings.server_key, noise.NO_PSK), None
     name = spelling(settings.server, settings.port)

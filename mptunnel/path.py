@@ -563,9 +563,9 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back", "idle_room",
-        "interval", "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at",
-        "use",
+        "_heard", "_order", "_sampled", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back",
+        "idle_room", "interval", "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at",
+        "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -580,6 +580,7 @@ class ServerPath(Path):
         self.interval = 0.0
         self.idle_room = 0
         self.number = 0  # of the last ECHO
+        self._sampled = 0  # the ECHO whose way down was counted last
         self.reported = 0  # newest ECHO that the client has shown to have heard here, here or on another path
         self._unheard = 0  # its probes since then: it may not hear us here
         self.seq = 0
@@ -646,7 +647,7 @@ class ServerPath(Path):
         """Take over what a counted probe from the bound endpoint says."""
         if probe.incarnation != self.incarnation:
             self.incarnation = probe.incarnation
-            self.tx = self.rx = self.number = self.reported = self.rx_size = self._unheard = 0
+            self.tx = self.rx = self.number = self.reported = self.rx_size = self._unheard = self._sampled = 0
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
@@ -658,7 +659,11 @@ class ServerPath(Path):
             given, given_bytes = self._tx_at[-1 - since]
             if not self.is_told:
                 self.loss_down.count(given, probe.rx, now)
-            self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
+            if (
+                probe.echoed != self._sampled
+            ):  # of one ECHO only once: in an outage the client goes on telling of the last
+                self._sampled = probe.echoed
+                self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
         self._unheard += 1
         if self.reported < probe.echoed <= self.number:

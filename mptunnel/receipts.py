@@ -205,11 +205,11 @@ class Receipts:
         self.gaps.forget(path)
         self.history.forget(path)
 
-    def restart(self) -> None:
-        """The sender counts from 0 again; what has come in so far belongs to the old account."""
+    def successor(self) -> Receipts:
+        """Return a new account: the sender counts from 0 again. What has come in so far belongs to the old one."""
         for session in self._sessions.values():
             session.settled = session.window.top
-        self.__init__()  # type: ignore[misc]
+        return Receipts()
 
     def retire(self, session: Session, in_use: int) -> None:
         """A session ends: account for what is left in its window, and forget its marks."""

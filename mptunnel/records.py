@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
 
 from mptunnel.errors import ConfigError
-from mptunnel.keys import NO_PSK, SEED_SIZE, JoinToken, decode_key, encode_key, public_key
+from mptunnel.keys import NO_PSK, SEED_SIZE, JoinToken, decode_key, encode_key, public_key, token_ident
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -150,7 +150,7 @@ class TokenRecord:
     @property
     def ident(self) -> str:
         """The name it goes by on the command line, 8 hexadecimal digits."""
-        return hashlib.blake2s(self.join_public).hexdigest()[:8]
+        return token_ident(self.join_public)
 
     def view(self) -> Document:
         """Return what `token list` shows: everything but the secret."""
@@ -183,6 +183,7 @@ class ServerRecord:
     addresses: tuple[str, ...] = ()  # the last ones its name resolved to
     said_hello: bool = False
     joined: bool = False
+    joined_by: str = ""  # the ident of the token, if it is known
 
     @property
     def file_name(self) -> str:
@@ -199,6 +200,7 @@ class ServerRecord:
             "addresses": list(self.addresses),
             "said_hello": self.said_hello,
             "joined": self.joined,
+            "joined_by": self.joined_by,
         }
 
     @classmethod
@@ -212,6 +214,7 @@ class ServerRecord:
             addresses=tuple(str(address) for address in map(fields.address, fields.texts("addresses"))),
             said_hello=fields.flag("said_hello"),
             joined=fields.flag("joined"),
+            joined_by=fields.text("joined_by", ""),
         )
 
 
@@ -446,8 +449,10 @@ class Fields:
             raise ConfigError(f"{self._where}: {name!a} is not {what}")
         return value
 
-    def text(self, name: str) -> str:
-        """Return a text."""
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a text; `default` if there is none, as an earlier version wrote it."""
+        if default is not None and name not in self._document:
+            return default
         return str(self.value_of(name, str, "a text"))
 
     def texts(self, name: str) -> tuple[str, ...]:

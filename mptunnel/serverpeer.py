@@ -450,7 +450,7 @@ class ServerPeer(Peer):
         self.is_stock = self._was_taken_for_stock = False
         if self.server_instance != hello.instance:
             if self.server_instance is not None:
-                self.receipts.restart()
+                self.receipts = self.receipts.successor()
                 self.told = Told((session.serial - 1, 0))
                 for path in self._open_paths():
                     path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)

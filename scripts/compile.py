@@ -58,7 +58,7 @@ def load_native(root: Path) -> ModuleType:
 
 def compile_modules(root: Path, native: ModuleType) -> str:
     """Make `mptunnel/compiled`. Return why it could not be made, or nothing."""
-    from setuptools.errors import BaseError  # noqa: PLC0415
+    from setuptools.errors import BaseError, CCompilerError  # noqa: PLC0415
 
     package = root / "mptunnel"
     shutil.rmtree(package / native.DIRECTORY, ignore_errors=True)
@@ -70,7 +70,7 @@ def compile_modules(root: Path, native: ModuleType) -> str:
             libraries = Path(made, "lib", "mptunnel")
             (libraries / native.STAMP).write_text(native.fingerprint(package))
             shutil.move(libraries, package / native.DIRECTORY)
-    except BaseError as error:  # no compiler, no headers
+    except (BaseError, CCompilerError) as error:  # no compiler, no headers
         return str(error)
     except SystemExit:  # said on stderr
         return "mypyc does not take these sources with this Python"

@@ -339,3 +339,23 @@ def test_the_path_with_the_least_delay_takes_anything_and_without_limits_all_do(
     carriers = [Carrier(1.0, limited=False), Carrier(2.0, limited=False)]
     allot(carriers, 1000, 1.0)
     assert [carrier.room for carrier in carriers] == [None, None]
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.05, 0.125, 0.175])
+def test_late_echoes_before_an_outage_are_no_queue_however_often_the_client_tells_of_the_last(phase: float) -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06))
+    net.run(2.0)
+    traffic = Traffic(net, 1000.0, 200)
+    traffic.start(4.5)
+    net.run(3.0 + phase)
+    path, wire = net.guest.paths[1], net.wires[1]
+    wire.delay += 0.06
+    net.run(0.24)
+    wire.delay -= 0.06
+    for is_cut, seconds in ((True, 0.3), (False, 0.2), (True, 0.3), (False, 1.0)):
+        wire.is_cut = is_cut
+        for _ in range(round(seconds / 0.02)):
+            net.run(0.02)
+            assert path.cap.rate is None
+    net.run(1.0)
+    assert traffic.is_whole()

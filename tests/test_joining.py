@@ -111,6 +111,29 @@ def test_who_was_removed_is_told_so_and_joins_again_by_a_new_token(make_tunnel: 
     assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
 
 
+def test_who_was_removed_while_away_joins_again_by_a_new_token(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=41)
+    tunnel.begin()
+    tunnel.stop("cl")
+    (peer,) = json.loads(tunnel.must("sv", "peer", "list", "--json"))
+    tunnel.must("sv", "peer", "remove", peer["name"])
+    tunnel.connect("--join", tunnel.token_file(tunnel.token()))
+    tunnel.wait_log("cl", "joining anew by this one")
+    tunnel.wait_up()
+    assert len(json.loads(tunnel.must("sv", "peer", "list", "--json"))) == 1
+
+
+def test_a_member_that_shows_a_token_which_is_refused_goes_on_as_it_was(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=42)
+    tunnel.begin()
+    tunnel.stop("cl")
+    token = tunnel.token()
+    tunnel.must("sv", "token", "revoke", JoinToken.decode(token).ident)
+    tunnel.connect("--join", tunnel.token_file(token))
+    assert "taken back; going on as the member" in tunnel.wait_log("cl", "warning: ")
+    tunnel.wait_up()
+
+
 def test_a_bare_server_leaves_a_token_in_a_file_until_it_is_spent(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=44)
     tunnel.serve()

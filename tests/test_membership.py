@@ -74,6 +74,31 @@ def test_a_token_is_used_once_and_then_ignored_aloud(tmp_path: Path, caplog: pyt
     assert "member of that server already" in caplog.text
 
 
+def test_another_token_than_the_one_that_this_client_joined_by_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, old, new = StateDir(tmp_path), JoinToken(KEY, bytes(16)), JoinToken(KEY, bytes(range(16)))
+    record = ServerRecord(KEY, os.urandom(32), spellings=("vpn.example:5000",), joined=True, joined_by=old.ident)
+    state.save(f"client/servers/{record.file_name}", record.to_document())
+    with caplog.at_level(logging.INFO):
+        _, membership = find_membership(asks("vpn.example", join=new), state, LOG)
+    assert (membership.token, membership.record) == (new, record)
+    assert f"by token {old.ident}: joining anew" in caplog.text
+    _, membership = find_membership(asks("vpn.example", join=old), state, LOG)
+    assert membership.token is None
+
+
+def test_a_record_of_an_earlier_version_says_nothing_of_the_token(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    record = ServerRecord(KEY, os.urandom(32), joined=True, joined_by="01234567")
+    document = record.to_document()
+    del document["joined_by"]
+    assert ServerRecord.from_document(document).joined_by == ""
+    state.save(f"client/servers/{record.file_name}", document)
+    _, membership = find_membership(asks("vpn.example", join=JoinToken(KEY, bytes(16))), state, LOG)
+    assert membership.token is None
+
+
 def test_a_host_name_is_made_fit_for_a_peers_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, expected in {"van-7.fleet.example": "van-7", "büro": "b-ro", "": "client", "x" * 70: "x" * 32}.items():
         monkeypatch.setattr("socket.gethostname", lambda name=name: name)

@@ -255,7 +255,7 @@ def test_a_sender_that_has_begun_anew_gets_a_new_account_with_nothing_of_the_old
     direction.send(300)
     direction.receive(direction.now + 0.1)
     old = direction.rekey()
-    direction.receipts.restart()
+    direction.receipts = direction.receipts.successor()
     nothing = {
         "packets": 0, "received": 0, "saved": 0, "lost": 0, "longest_gap_ms": 0.0, "outages_bridged": 0,
         "bridged_s": 0.0,
