@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 HOT_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	packet session messages peer clientpeer serverpeer path timers receipts one_way_paths chaos udp tun theft))
+	packet session messages path timers serverpeer clientpeer udp tun))
 
 .PHONY: demo bench test check check-plain lint format soak picture clean demo-tools test-tools
 
@@ -23,7 +23,8 @@ bench: demo-tools $(VENV)/.runs
 	@$(BIN)/mptunnel bench
 
 # All simulated ones see the sources as they are, some of them what is compiled too; those in namespaces run the program
-# as it is installed. The simulated ones share the processors; those in namespaces are about milliseconds, and have the machine to themselves.
+# as it is installed. The simulated ones share the processors; those in namespaces are about milliseconds, and have the
+# machine to themselves.
 test: test-tools $(VENV)/.tests
 	$(PYTEST) -q -n auto -m "not netns and not slow"
 	MPTUNNEL_COMPILED=1 $(PYTEST) -q -n auto -m "not netns and not slow and not interpreted" $(HOT_TESTS)
