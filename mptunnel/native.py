@@ -51,10 +51,11 @@ def is_compiled(package: Path) -> bool:
 
 def use() -> None:
     """Have the hot modules imported in their compiled form from now on; not if one of them is there already."""
-    directory = str(Path(mptunnel.__path__[0], DIRECTORY))
+    package = Path(mptunnel.__path__[0])
+    directory = str(package / DIRECTORY)
     if os.environ.get("MPTUNNEL_COMPILED") == "0" or any(f"mptunnel.{name}" in sys.modules for name in MODULES):
         return
-    if is_compiled(Path(mptunnel.__path__[0])):
+    if is_compiled(package):
         mptunnel.__path__.insert(0, directory)
         try:
             import_module(f"mptunnel.{LIBRARY}")

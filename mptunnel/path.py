@@ -659,9 +659,7 @@ class ServerPath(Path):
             given, given_bytes = self._tx_at[-1 - since]
             if not self.is_told:
                 self.loss_down.count(given, probe.rx, now)
-            if (
-                probe.echoed != self._sampled
-            ):  # of one ECHO only once: in an outage the client goes on telling of the last
+            if probe.echoed != self._sampled:  # in an outage the client goes on telling of the last one
                 self._sampled = probe.echoed
                 self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
