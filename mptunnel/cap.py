@@ -7,7 +7,8 @@ survivor is seconds behind. So a path gets less than everything, and the rest of
   (up) and ECHOs (down), which wait in the same queues as data; "stands" means: the least of the newest samples, for
   jitter is no queue. The floor is the least delay of the last minute or so, for clocks drift. What stands on all paths
   alike is no queue of this one: a busy machine, or a link that they share. Nor is what stands though next to nothing
-  was given, or does not get less though less is given: a new route, whose delay is the new floor;
+  was given, or does not get less though so little is given that less arrives: a new route, whose delay is the new
+  floor. As long as a queue stands, what arrives does not get less;
 * by **loss**: it is held when feedback has said for a second that it delivers less than half of what it is given,
   although another path loses less. An outage is no such loss: then there is no feedback, or nothing comes at all;
 * by its own **send queue** (client only): what the kernel has not sent yet may not be more than 50 ms of what the path
@@ -33,15 +34,15 @@ if TYPE_CHECKING:
 STANDS: Final = 0.030  # s above the floor, and what a full datagram takes: a queue
 DRAINED: Final = 0.015  # s above the floor, and what a full datagram takes: none
 DRAIN_TIME: Final = 0.3  # s: the length of queue that all of the rate is needed to drain
-LEAST_GAIN, MOST_GAIN, GROWTH = 0.1, 0.95, 1.05  # of the delivered rate: with a long queue, a short one, none
+LEAST_GAIN, MOST_GAIN, GROWTH = 0.1, 0.9, 1.05  # of the delivered rate: with a long queue, a short one, none
 LEAST_RATE: Final = 8000.0  # bytes/s
 RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become less by
-RESPONSE: Final = 0.3  # of what it was
+RESPONSE: Final = 0.3  # of what it was; unless less arrives by as much
 RATE_SPAN: Final = 1.0  # s over which rates are measured
 RATE_LEAST_SPAN: Final = 0.25  # a shorter time says nothing of a rate
 GROW_EVERY: Final = 0.1
 SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
-SAMPLES: Final = 3  # at the least
+SAMPLES, HELD_SAMPLES = 3, 2  # at the least, and while the path is held
 SAMPLES_LEAST_SPAN: Final = 0.1  # s that they must be apart to say that something stands
 FLOOR_SPAN: Final = 30.0  # the floor is the least delay of this span and of the one before it
 QUEUE_TIME: Final = 0.050  # s of the delivered rate that may wait in the kernel
@@ -85,14 +86,14 @@ class Delay:
         """Return how far the newest sample stands above the floor, in s."""
         return self._samples[-1][1] - min(self._floors) if self._samples else 0.0
 
-    def queue(self, now: float) -> float:
+    def queue(self, now: float, samples: int = SAMPLES) -> float:
         """Return how far the delay stands above its floor, in s: the least of the newest samples."""
         count, since, least = 0, now, INF
         for at, delay in reversed(self._samples):
-            if count >= SAMPLES and now - at > SAMPLES_SPAN:
+            if count >= samples and now - at > SAMPLES_SPAN:
                 break
             count, since, least = count + 1, at, min(least, delay)
-        if count < SAMPLES or self._samples[-1][0] - since < SAMPLES_LEAST_SPAN:
+        if count < samples or self._samples[-1][0] - since < SAMPLES_LEAST_SPAN:
             return 0.0
         return max(0.0, least - min(self._floors))
 
@@ -144,7 +145,7 @@ class Cap:
         self._loses_since = INF
         self._is_for_loss = False  # that it is held
         self._came_at = INF  # receiver's time of the newest feedback that said that something had come
-        self._stood = (INF, 0.0)  # since when a queue stands, and how long it was then
+        self._stood = (INF, 0.0, 0.0)  # since when a queue stands, how long it was then, and what was delivered
 
     def restart(self) -> None:
         """Counts begin anew: what was seen before says nothing of them."""
@@ -178,9 +179,9 @@ class Cap:
             return queue > STANDS
         queue -= FULL / max(rate, LEAST_RATE)
         stands = queue > (STANDS if self.rate is None else DRAINED)
-        is_new_floor = stands and not self._responds(queue, now)
+        is_new_floor = stands and not self._responds(queue, rate, now)
         if is_new_floor or not stands:
-            self._stood = (INF, 0.0)
+            self._stood = (INF, 0.0, 0.0)
         if is_new_floor:
             self.rate = None
             return True
@@ -246,14 +247,17 @@ class Cap:
         (from_at, _, bytes_0, _), (to_at, _, given_bytes, _) = self._seen[0], self._seen[-1]
         return self.rate is None and given_bytes - bytes_0 < LEAST_RATE * (to_at - from_at)
 
-    def _responds(self, queue: float, now: float) -> bool:
-        """Whether a queue that stands may be ours: it gets less when less is given."""
-        since, length = self._stood
+    def _responds(self, queue: float, rate: float, now: float) -> bool:
+        """Whether a queue that stands may be ours: it gets less when less is given, or `rate`, what arrives, does not.
+
+        As long as there is one, the link is busy, and delivers what it can.
+        """
+        since, length, rate_then = self._stood
         has_responded = now - since > RESPONDS_IN + 2 * length and queue < (1 - RESPONSE) * length
         if since == INF or has_responded or queue > (1 + RESPONSE / 3) * length:  # it grows until our restraint arrives
-            self._stood = (now, queue)
+            self._stood = (now, queue, rate)
             return True
-        return now - since <= RESPONDS_IN + 2 * length
+        return now - since <= RESPONDS_IN + 2 * length or rate > (1 - RESPONSE) * rate_then
 
     def _lost_half(self) -> bool:
         """Whether it delivered less than half of what it was given since some feedback not long ago.
@@ -296,7 +300,9 @@ def review(
 
     The peer had received `delivered` datagrams `at` its time, of the (datagrams, bytes) `given`.
     """
-    queue = path.way_out.queue(now) - min((other.way_out.queue(now) for other in others), default=0.0)
+    queue = path.way_out.queue(now, SAMPLES if path.cap.rate is None else HELD_SAMPLES) - min(
+        (other.way_out.queue(now) for other in others), default=0.0
+    )
     loss = path.loss_out.recent() or 0.0
     is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
     was_held = path.cap.rate is not None

@@ -108,7 +108,7 @@ class ClientPeer(Peer):
         if not self.is_multipath:
             return self._choose_endpoint(count, size, now)
         carriers = self._carriers(now)
-        allot(carriers, count * size, now)
+        allot(carriers, count, size, now)
         chosen = []
         for path, given in self._scheduler.choose(count, size, carriers):
             fits = given

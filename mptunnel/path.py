@@ -194,19 +194,14 @@ class Path:
         self.errors: dict[str, int] = {}
         self._answers = Allowance()
 
-    @property
-    def takes_anything(self) -> bool:
-        """Whether nothing limits now what it is given."""
-        return self.room is None
-
     def is_limited(self, now: float) -> bool:
         """Whether it does not take everything now, since its queue stands or it loses too much."""
         return self.cap.rate is not None
 
-    def allot(self, wanted: int, now: float) -> None:
-        """Set how much of a batch of `wanted` bytes it takes now; the rest is withheld."""
-        self.room = self.cap.room(wanted, now)
-        self._withhold(wanted, now)
+    def allot(self, count: int, size: int, now: float) -> None:
+        """Set how much of `count` datagrams of `size` bytes it takes now; the rest is withheld."""
+        self.room = self.cap.room(count * size, now)
+        self._withhold(count, size, now)
 
     def rebase(self) -> None:
         """What stands above the least delay to the peer is no queue: the way has become longer."""
@@ -216,9 +211,9 @@ class Path:
         """Whether copies to it were withheld lately."""
         return now - self._withheld_at < YIELDS_FOR
 
-    def _withhold(self, wanted: int, now: float) -> None:
-        if self.room is not None and self.room < wanted:
-            self.withheld += wanted - max(0, self.room)
+    def _withhold(self, count: int, size: int, now: float) -> None:
+        if self.room is not None and self.room < count * size:
+            self.withheld += (count - max(0, self.room) // size) * size
             self._withheld_at = now
 
     def may_answer(self, now: float) -> bool:
@@ -439,13 +434,13 @@ class ClientPath(Path):
         """Whether it does not take everything now."""
         return self.cap.rate is not None or self.waiting.is_limited(now)
 
-    def allot(self, wanted: int, now: float) -> None:
+    def allot(self, count: int, size: int, now: float) -> None:
         """See `Path.allot`; what waits in its own socket counts too."""
-        self.room = self.cap.room(wanted, now)
+        self.room = self.cap.room(count * size, now)
         if self.waiting.is_limited(now):
             most = self.waiting.limit(self.cap.delivered_rate() or 0.0) - self.waiting.waiting
             self.room = most if self.room is None else min(most, self.room)
-        self._withhold(wanted, now)
+        self._withhold(count, size, now)
 
     def queue_seen(self, truesize: int, now: float) -> bool:
         """What waits in the path's socket takes `truesize` bytes of the kernel's memory (TIOCOUTQ, tty_ioctl(4)).
@@ -591,11 +586,6 @@ class ServerPath(Path):
         self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
         self._tx_at: deque[tuple[int, int]] = deque(maxlen=256)  # our `tx` and bytes at the newest ECHOs up to `number`
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
-
-    @property
-    def takes_anything(self) -> bool:
-        """Whether nothing limits now what it is given; an idle path takes 16 KiB (R5)."""
-        return self.room is None and self.state is PathState.FRESH
 
     @property
     def loss_out(self) -> LossMeter:

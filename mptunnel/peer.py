@@ -262,8 +262,8 @@ class Peer:
             for more, its_size in runs(rest, limit):
                 self._send_run(session, more, its_size, now, out)
         elif count == 1:
-            self._ways = [(path, to) for path, to, _ in chosen if path is not None and path.takes_anything]
-            self.short_until = now + SHORT_WAY if len(self._ways) == len(chosen) else -INF
+            self._ways = self._free_ways(now)
+            self.short_until = now + SHORT_WAY if self._ways else -INF
             self._sends_looked_at = self._sent_alone_at = now
 
     # -- the short way ---------------------------------------------------------------------------------

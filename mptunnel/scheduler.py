@@ -33,12 +33,12 @@ class Limited(Carrier, Protocol):
     def delay(self, now: float) -> float:
         """Return how long a datagram takes by it now, in s, as far as that can be compared with another path's."""
 
-    def allot(self, wanted: int, now: float) -> None:
-        """Set `room`, in bytes, for a batch of `wanted` bytes."""
+    def allot(self, count: int, size: int, now: float) -> None:
+        """Set `room`, in bytes, for a batch of `count` datagrams of `size` bytes."""
 
 
-def allot(carriers: Sequence[Limited], wanted: int, now: float) -> None:
-    """Let every carrier set its `room` for a batch of `wanted` bytes, but the one with the least delay."""
+def allot(carriers: Sequence[Limited], count: int, size: int, now: float) -> None:
+    """Let every carrier set its `room` for `count` datagrams of `size` bytes, but the one with the least delay."""
     if not any([carrier.is_limited(now) for carrier in carriers]):  # noqa: C419  a list is faster for so few
         for carrier in carriers:
             carrier.room = None
@@ -48,7 +48,7 @@ def allot(carriers: Sequence[Limited], wanted: int, now: float) -> None:
         if carrier is least:
             carrier.room = None
         else:
-            carrier.allot(wanted, now)
+            carrier.allot(count, size, now)
 
 
 AnyCarrier = TypeVar("AnyCarrier", bound=Carrier)

@@ -247,7 +247,7 @@ class ServerPeer(Peer):
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
-        allot(carriers, count * size, now)
+        allot(carriers, count, size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _free_ways(self, now: float) -> list[tuple[ClientPath, Any]]:

@@ -62,6 +62,22 @@ def test_copies_on_a_bloated_path_are_young_and_after_the_fast_paths_death_too(m
         assert traffic.back_at(side, cut) - cut < slow_delay + 0.5
 
 
+@pytest.mark.parametrize("mbit", [8.0, 3.0])
+def test_a_very_slow_path_is_held_all_the_time(mbit: float) -> None:
+    rate = 62_500.0
+    slow = Wire(delay=0.06, rate=rate, buffer=rate)
+    net = Simnet(Wire(delay=0.02, rate=FAST), slow)
+    net.run(2.0)
+    begun = net.now
+    offered(net, mbit, 25.0)
+    net.run(25.0)
+    for side in SIDES:
+        late = lateness(slow, side, begun + 5.0)
+        assert late[int(0.95 * len(late))] < 0.120
+        assert late[-1] < 0.2, "it was never given everything again"
+        assert len(late) * (SIZE + 88) / 20 > 0.75 * rate
+
+
 def test_a_path_with_jitter_and_room_gets_everything() -> None:
     net = Simnet(Wire(delay=0.02), Wire(delay=0.06, jitter=0.04))
     net.run(2.0)
@@ -164,7 +180,8 @@ def test_slow_is_a_state_that_is_told_and_ends_when_the_load_does() -> None:
     path = net.client.paths[1]
     assert path.status()["state"] == "slow"
     assert path.status()["held_kbit"] == pytest.approx(2000, rel=0.5)
-    assert path.status()["withheld_bytes"] > 0
+    not_given = net.client.paths[0].tx_bytes - path.tx_bytes
+    assert path.status()["withheld_bytes"] == pytest.approx(not_given, rel=0.01)
     net.run(10.0)
     assert path.status()["state"] == "up"
     assert path.status()["held_kbit"] is None
@@ -328,16 +345,16 @@ class Carrier:
     def delay(self, now: float) -> float:
         return now * 0 + self._delay
 
-    def allot(self, wanted: int, now: float) -> None:
-        self.room = (wanted // 2 if now >= 0 else 0) if self._limited else None
+    def allot(self, count: int, size: int, now: float) -> None:
+        self.room = (count * size // 2 if now >= 0 else 0) if self._limited else None
 
 
 def test_the_path_with_the_least_delay_takes_anything_and_without_limits_all_do() -> None:
     near, far, free = Carrier(0.02, limited=True), Carrier(0.06, limited=True), Carrier(0.9, limited=False)
-    allot([far, near, free], 1000, 1.0)
+    allot([far, near, free], 2, 500, 1.0)
     assert (near.room, far.room, free.room) == (None, 500, None)
     carriers = [Carrier(1.0, limited=False), Carrier(2.0, limited=False)]
-    allot(carriers, 1000, 1.0)
+    allot(carriers, 1, 1000, 1.0)
     assert [carrier.room for carrier in carriers] == [None, None]
 
 
