@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 READS_PER_TURN: Final = 64
 CALM: Final = 2  # turns without a pause that a packet, its copy and its answer may take: no reason to read on
-INBOX: Final = 64  # packets that are handed to the device together at the most
+INBOX: Final = 192  # packets that are handed to the device together at the most
 LONGEST_WAIT: Final = 1.0  # select's clock stands still in suspend, ours does not
 NICE: Final = -10  # a packet waits for nobody's computations; sched(7), nice is of a thread
 LINKS_SETTLE: Final = 0.05  # changes come in bursts

@@ -524,7 +524,7 @@ class Peer:
         if len(first) < IPV6_HEADER:
             return 0
         judged_by = source_and_length(first)
-        if judged_by is None or len(set(map(judged_by, bulk))) > 1:
+        if judged_by is None or [*map(judged_by, bulk)].count(judged_by(first)) < len(bulk):
             return 0
         try:
             length = len(trim(first))

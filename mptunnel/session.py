@@ -17,7 +17,7 @@ import mmap
 import struct
 from functools import lru_cache
 from itertools import repeat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
@@ -221,9 +221,10 @@ class Session:
         self.counter += count
         if any(_lacking(length, limit) for length in set(map(len, packets))):
             packets = [_padded(packet, limit) for packet in packets]
+        plain: Sequence[Any] = packets if {*map(type, packets)} == {bytes} else [*map(bytes, packets)]
         parts = [_START.pack(TRANSPORT, self.remote_index)] * (3 * count)
         parts[1::3] = map(_COUNTER.pack, counters)
-        parts[2::3] = map(self._seal, _nonces(counters), map(bytes, packets), repeat(NO_DATA))
+        parts[2::3] = map(self._seal, _nonces(counters), plain, repeat(NO_DATA))
         return b"".join(parts)
 
     def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:

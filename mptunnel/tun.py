@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CLONE_DEVICE: Final = "/dev/net/tun"
 MAX_FD: Final = 1024  # select() takes none above
 BATCH: Final = 64  # frames read in one turn
-BATCH_BYTES: Final = 128 << 10  # no more are read after so many bytes
+BATCH_BYTES: Final = 256 << 10  # no more are read after so many bytes
 _IFF_TUN = 0x0001
 _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
