@@ -20,6 +20,11 @@ grows by a twentieth at a time from where it is, so that a link that has recover
 loss that has ended, it doubles: nothing gets old by what is lost. A path that has not been at its limit for two seconds
 is held no more. The rate does not fall below 64 kbit/s: probes have to get through, and tell when it is better. The
 path with the least delay is exempt from all this (see `scheduler`).
+
+Where both ways have a long queue, the answer to a probe comes too late to be of use. But the messages on the other
+paths tell which probe came by this one last, and when: its delay, and how fast what was given before it has got
+through, are known as soon as it has arrived. Only how many datagrams were lost on the way is not, until the answer
+comes.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become le
 RESPONSE: Final = 0.3  # of what it was; unless less arrives by as much
 RATE_SPAN: Final = 1.0  # s over which rates are measured
 RATE_LEAST_SPAN: Final = 0.25  # a shorter time says nothing of a rate
+AHEAD: Final = 0.1  # s by which the other paths must know more for that to be worth more than what is known exactly
 GROW_EVERY: Final = 0.1
 SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
 SAMPLES, HELD_SAMPLES = 3, 2  # at the least, and while the path is held
@@ -55,6 +61,7 @@ LEAST_GIVEN: Final = 20  # datagrams: fewer say nothing of a loss
 LOSS_SPAN: Final = 0.2  # s: a shorter time neither
 LOSES_FOR: Final = 1.0  # s
 OUTAGE: Final = 0.4  # s without feedback, though in use: what happened meanwhile says nothing of a rate
+OUTAGE_IN_A_QUEUE: Final = 2.0  # s: there, what was sent close together arrives far apart
 DROUGHT: Final = 0.25  # s in which feedback came, and said that nothing had come: an outage in one direction
 
 INF: Final = float("inf")
@@ -131,13 +138,14 @@ class Cap:
     """The rate that a path is held at in one direction; `rate` is None while it is not."""
 
     __slots__ = (
-        "_at", "_came_at", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_seen", "_stood", "_tokens",
-        "rate",
+        "_at", "_came_at", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_marks", "_seen", "_stood",
+        "_tokens", "rate",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.rate: float | None = None
         self._seen: deque[tuple[float, int, int, int]] = deque()  # receiver's time, given, its bytes, delivered
+        self._marks: deque[tuple[float, int, int]] = deque()  # receiver's time, given, its bytes: this had arrived
         self._tokens = 0.0
         self._at = -INF
         self._grown_at = -INF
@@ -150,6 +158,7 @@ class Cap:
     def restart(self) -> None:
         """Counts begin anew: what was seen before says nothing of them."""
         self._seen.clear()
+        self._marks.clear()
         self._loses_since = INF
 
     def feedback(
@@ -172,11 +181,32 @@ class Cap:
                 self._loses_since = now
         while seen[0][0] < at - RATE_SPAN and seen[1][0] <= at - RATE_LEAST_SPAN:
             seen.popleft()
+        return self._judge(queue, now)
+
+    def arrived(self, at: float, given: int, given_bytes: int, queue: float, now: float) -> bool:
+        """The last of `given` datagrams arrived `at` the receiver's time; how many of the others did is not known yet.
+
+        All else is as with `feedback`, which may come much later.
+        """
+        marks = self._marks
+        if marks and (at <= marks[-1][0] or given < marks[-1][1]):
+            return False
+        if marks and at - marks[-1][0] > OUTAGE_IN_A_QUEUE:
+            marks.clear()
+        marks.append((at, given, given_bytes))
+        while marks[0][0] < at - RATE_SPAN and marks[1][0] <= at - RATE_LEAST_SPAN:
+            marks.popleft()
+        return self._is_ahead() and self._judge(queue, now)
+
+    def _judge(self, queue: float, now: float) -> bool:
+        """Hold the path or let it go, by what has come in; return whether what stands is a new floor."""
         rate = self.delivered_rate()
         if rate is None:
             return False
         if self._is_idle():
             return queue > STANDS
+        if self.rate is not None and self._is_ahead():  # losses that are not known yet make it too much
+            rate = min(rate, max(self.rate, self._known_rate() or 0.0))
         queue -= FULL / max(rate, LEAST_RATE)
         stands = queue > (STANDS if self.rate is None else DRAINED)
         is_new_floor = stands and not self._responds(queue, rate, now)
@@ -203,6 +233,9 @@ class Cap:
 
     def delivered_rate(self) -> float | None:
         """Return what arrived lately, in bytes/s; None while too little is known."""
+        return self._given_rate(self._marks) * self._share() if self._is_ahead() else self._known_rate()
+
+    def _known_rate(self) -> float | None:
         if len(self._seen) < 2:
             return None
         (from_at, given_0, bytes_0, delivered_0), (to_at, given, given_bytes, delivered) = self._seen[0], self._seen[-1]
@@ -244,8 +277,26 @@ class Cap:
 
     def _is_idle(self) -> bool:
         """Whether so little was given that no queue can be of it."""
-        (from_at, _, bytes_0, _), (to_at, _, given_bytes, _) = self._seen[0], self._seen[-1]
-        return self.rate is None and given_bytes - bytes_0 < LEAST_RATE * (to_at - from_at)
+        return self.rate is None and self._given_rate(self._marks if self._is_ahead() else self._seen) < LEAST_RATE
+
+    def _is_ahead(self) -> bool:
+        """Whether the other paths know more of what has arrived, and enough for a rate."""
+        marks, seen = self._marks, self._seen
+        if not marks or marks[-1][0] - marks[0][0] < RATE_LEAST_SPAN:
+            return False
+        return not seen or marks[-1][0] > seen[-1][0] + AHEAD
+
+    def _given_rate(self, known: Sequence[tuple[float, int, int, *tuple[int, ...]]]) -> float:
+        """Return how fast what was given has got through, in bytes/s, if nothing of it was lost."""
+        first, last = known[0], known[-1]
+        return (last[2] - first[2]) / (last[0] - first[0])
+
+    def _share(self) -> float:
+        """Return what part of the datagrams arrived, as far as that is known."""
+        if len(self._seen) < 2:
+            return 1.0
+        (_, given_0, _, delivered_0), (_, given, _, delivered) = self._seen[0], self._seen[-1]
+        return min(1.0, (delivered - delivered_0) / (given - given_0)) if given > given_0 else 1.0
 
     def _responds(self, queue: float, rate: float, now: float) -> bool:
         """Whether a queue that stands may be ours: it gets less when less is given, or `rate`, what arrives, does not.
@@ -294,11 +345,11 @@ class Capped(Protocol):
 
 
 def review(
-    path: Capped, others: Sequence[Capped], at: float, given: tuple[int, int], delivered: int, now: float
+    path: Capped, others: Sequence[Capped], at: float, given: tuple[int, int], delivered: int | None, now: float
 ) -> str:
     """Judge a path, beside the others that live, by new feedback; return why it is held from now on, if it is.
 
-    The peer had received `delivered` datagrams `at` its time, of the (datagrams, bytes) `given`.
+    The peer had received `delivered` datagrams (None: not known) `at` its time, of the (datagrams, bytes) `given`.
     """
     queue = path.way_out.queue(now, SAMPLES if path.cap.rate is None else HELD_SAMPLES) - min(
         (other.way_out.queue(now) for other in others), default=0.0
@@ -306,7 +357,11 @@ def review(
     loss = path.loss_out.recent() or 0.0
     is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
     was_held = path.cap.rate is not None
-    if path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst):
+    if delivered is None:
+        is_new_floor = path.cap.arrived(at, *given, queue, now)
+    else:
+        is_new_floor = path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst)
+    if is_new_floor:
         path.rebase()
     is_news = path.cap.rate is not None and not was_held
     return f"a queue of {queue * 1e3:.0f} ms, {loss:.0%} lost" if is_news else ""

@@ -303,7 +303,9 @@ class ClientPeer(Peer):
         for record in probe.records:
             other = self.paths.get(record.path)
             if other is not None and other is not path:
-                other.reported_by_another(record, now)
+                arrival = other.reported_by_another(record, probe.sent_us, now)
+                if arrival is not None:
+                    self._review(other, *arrival, None, now)
                 self._tell_up(other, now)
         settle_at = self.receipts.mark(
             session,
@@ -320,9 +322,7 @@ class ClientPeer(Peer):
             return
         path.adopt(probe, now)
         if path.fed_back is not None:
-            others = [other for other in self._bound.values() if other is not path and other.state is PathState.FRESH]
-            if why := review(path, others, probe.sent_us / 1e6, path.fed_back, probe.rx, now):
-                log.debug("%s path %d held: %s", self.name, path.id, why)
+            self._review(path, probe.sent_us, path.fed_back, probe.rx, now)
         self._tell_up(path, now)
         if path.may_answer(now):
             self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)
@@ -331,6 +331,12 @@ class ClientPeer(Peer):
                 if other is not path and now - other.shown_at >= UNASKED_INTERVAL:
                     self._send_echo(other, None, now, now, 0, out)
         self._flush(now, out)
+
+    def _review(self, path: ServerPath, at_us: int, given: tuple[int, int], delivered: int | None, now: float) -> None:
+        """Judge how much the path may be given, by new feedback (see `cap`)."""
+        others = [other for other in self._bound.values() if other is not path and other.state is PathState.FRESH]
+        if why := review(path, others, at_us / 1e6, given, delivered, now):
+            log.debug("%s path %d held: %s", self.name, path.id, why)
 
     def _challenge(self, path: ServerPath, probe: Probe, source: Endpoint, now: float, out: list[Transmit]) -> None:
         token = path.challenge(source, probe, now, self.identity.entropy)
@@ -374,11 +380,12 @@ class ClientPeer(Peer):
             path.shown_at = now
         others = tuple(other.record(now) for other in self._bound.values() if other is not path)
         host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
+        sent_us = self._now_us(now)
         plain = Echo(
-            path.id, path.incarnation, probe.seq if probe else 0, path.next_number(), probe.sent_us if probe else 0,
-            self._now_us(now), round((now - arrived_at) * 1e6) if probe else 0, path.tx + 1, path.rx,
-            self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port, host, is_unasked=probe is None,
-            records=others,
+            path.id, path.incarnation, probe.seq if probe else 0, path.next_number(sent_us),
+            probe.sent_us if probe else 0, sent_us, round((now - arrived_at) * 1e6) if probe else 0, path.tx + 1,
+            path.rx, self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port, host,
+            is_unasked=probe is None, records=others,
         ).encode(size)  # fmt: skip
         self._send_control(plain, path.endpoint, path, now, out)
 

@@ -570,6 +570,11 @@ def _padded(plain: bytes, size: int = 0) -> bytes:
     return plain.ljust(max(size, -(-len(plain) // PADDING) * PADDING), b"\0")
 
 
+def seconds_between(from_us: int, to_us: int) -> float:
+    """Return how long it is from one us of a PROBE or ECHO to another, which may be of another clock (modulo 2^64)."""
+    return ((to_us - from_us + (1 << 63)) % (1 << 64) - (1 << 63)) / 1e6
+
+
 def _encode_records(records: tuple[Record, ...]) -> bytes:
     return b"".join(_RECORD.pack(r.path, 0, min(r.age_ms, NO_NEWS), r.newest) for r in records)
 

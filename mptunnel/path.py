@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.cap import Cap, Delay, SendQueue
 from mptunnel.events import NoticeKind
-from mptunnel.messages import Probe, Record, Use
+from mptunnel.messages import Probe, Record, Use, seconds_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +61,8 @@ TOKEN_SIZE: Final = 16
 LOSS_SPAN: Final = 10.0  # s: over what time a loss is shown
 LOSS_STEP: Final = 0.1  # and how finely that time is cut
 MAX_ANSWERS: Final = 256  # a second and path
+
+Arrival = tuple[int, tuple[int, int]]  # when, in us by the receiver's clock, and the datagrams and bytes given by then
 
 _MOD32: Final = 1 << 32
 _INF: Final = float("inf")
@@ -271,10 +273,10 @@ class ClientPath(Path):
     """A path as its owner sees it: an interface, a socket, probes on their way."""
 
     __slots__ = (
-        "_answered", "_bytes_since_probe", "_pending", "_reached", "_seq", "_was_challenged", "address", "carries",
-        "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name", "padded_at", "port",
-        "probe_at", "proof_tries", "proven_at", "queue", "reached_at", "seen_as", "silent_since", "told_use",
-        "unanswered", "use", "waiting", "was_padded", "way_down",
+        "_answered", "_bytes_since_probe", "_pending", "_reached", "_sampled", "_seq", "_was_challenged", "address",
+        "carries", "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name",
+        "padded_at", "port", "probe_at", "proof_tries", "proven_at", "queue", "reached_at", "seen_as", "silent_since",
+        "told_use", "unanswered", "use", "waiting", "was_padded", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -298,7 +300,8 @@ class ClientPath(Path):
 
     def _restart_counts(self, now: float) -> None:
         self._seq = 0
-        self._pending: dict[int, tuple[float, int, int, int]] = {}  # by seq: when, our `tx`, bytes, padded size
+        # By seq: when, our `tx`, its bytes, padded size, when by the clock that the probe tells.
+        self._pending: dict[int, tuple[float, int, int, int, int]] = {}
         self._answered = (0, 0)  # seq and ECHO number of the newest probe that was answered
         self._was_challenged = False  # and has not been answered since
         self._bytes_since_probe = 0
@@ -307,6 +310,7 @@ class ClientPath(Path):
         self.echoed = 0  # highest ECHO number
         self.heard_at = -_INF  # when anything was heard here last
         self._reached = 0  # newest probe that the server has shown on another path to have come by this one
+        self._sampled = 0  # newest one whose way up was counted
         self.reached_at = -_INF  # and when it said so
         self.unanswered = 0
         self.silent_since = _INF
@@ -396,7 +400,7 @@ class ClientPath(Path):
         self._seq += 1
         if len(self._pending) >= MAX_PENDING:
             del self._pending[next(iter(self._pending))]
-        self._pending[self._seq] = (now, self.tx + 1, self.tx_bytes, padded)
+        self._pending[self._seq] = (now, self.tx + 1, self.tx_bytes, padded, sent_us)
         self.unanswered += 1
         self.was_padded = padded > 0
         if padded:
@@ -425,10 +429,23 @@ class ClientPath(Path):
         self.echoed = max(self.echoed, number)
         self.heard_at = now
 
-    def reported_by_another(self, record: Record, now: float) -> None:
-        """Another path's ECHO says which probe of ours came by this one last: its way up lives, if that is news."""
-        if self._reached < record.newest <= self._seq:
-            self._reached, self.reached_at = record.newest, now
+    def reported_by_another(self, record: Record, told_us: int, now: float) -> Arrival | None:
+        """Another path's ECHO says which probe of ours came by this one last: its way up lives, if that is news.
+
+        That ECHO was sent `told_us` by the server's clock. Returns the arrival of the probe, if its own ECHO has not
+        told it.
+        """
+        if not self._reached < record.newest <= self._seq:
+            return None
+        self._reached, self.reached_at = record.newest, now
+        pending = self._pending.get(record.newest)
+        if pending is None:
+            return None
+        _, given, given_bytes, _, sent_us = pending
+        arrived_us = told_us - record.age_ms * 1000
+        self._sampled = record.newest
+        self.way_out.count(seconds_between(sent_us, arrived_us), now)
+        return arrived_us, (given, given_bytes)
 
     def is_limited(self, now: float) -> bool:
         """Whether it does not take everything now."""
@@ -465,12 +482,14 @@ class ClientPath(Path):
         overdue = now - self.silent_since - self.rtt - 4 * self.jitter
         return self.min_rtt / 2 + self.way_out.queue(now) + max(0.0, overdue)
 
-    def measured(self, up: float, down: float, now: float) -> None:
-        """An ECHO has shown how long both ways took.
+    def measured(self, seq: int, up: float, down: float, now: float) -> None:
+        """The ECHO of a probe has shown how long both ways took.
 
         Arrival minus departure, each by its own side's clock, in s: only the changes mean something.
         """
-        self.way_out.count(up, now)
+        if seq > self._sampled:  # another path may have told that long ago
+            self._sampled = seq
+            self.way_out.count(up, now)
         self.way_down.count(down, now)
         self.queue = max(0.0, self.way_down.newest())
 
@@ -491,7 +510,7 @@ class ClientPath(Path):
         pending = self._pending.pop(seq, None)
         if pending is None:
             return None
-        sent_at, our_tx, _, padded = pending
+        sent_at, our_tx, _, padded, _ = pending
         rtt = max(0.0, now - sent_at - held)
         if self.rtt is None:
             self.rtt, self.jitter = rtt, rtt / 2
@@ -558,7 +577,7 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_order", "_sampled", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back",
+        "_early", "_heard", "_order", "_sampled", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back",
         "idle_room", "interval", "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at",
         "unasked_at", "use",
     )  # fmt: skip
@@ -584,7 +603,9 @@ class ServerPath(Path):
         self.use = Use.DATA
         self._spacing = PROBE_INTERVAL  # s between two refreshes, smoothed
         self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
-        self._tx_at: deque[tuple[int, int]] = deque(maxlen=256)  # our `tx` and bytes at the newest ECHOs up to `number`
+        # Our `tx`, its bytes and our time, in us, at the newest ECHOs up to `number`.
+        self._tx_at: deque[tuple[int, int, int]] = deque(maxlen=256)
+        self._early = Delay()  # of the way down, as told on other paths
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
 
     @property
@@ -641,15 +662,15 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
-            self.cap, self.way_out, self.room = Cap(), Delay(), None
+            self.cap, self.way_out, self._early, self.room = Cap(), Delay(), Delay(), None
         self.loss_up.count(probe.tx, self.rx, now)
         self.fed_back = None
-        since = self.number - probe.echoed  # ECHOs since the one it has heard last
-        if probe.echoed and 0 <= since < len(self._tx_at):
-            given, given_bytes = self._tx_at[-1 - since]
+        heard = self._sent_with(probe.echoed)
+        if heard is not None:
+            given, given_bytes, _ = heard
             if not self.is_told:
                 self.loss_down.count(given, probe.rx, now)
-            if probe.echoed != self._sampled:  # in an outage the client goes on telling of the last one
+            if probe.echoed > self._sampled:  # in an outage the client goes on telling of the last one
                 self._sampled = probe.echoed
                 self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
@@ -668,11 +689,16 @@ class ServerPath(Path):
         self.is_told = True
         self.loss_down.told(given, lost, now)
 
-    def next_number(self) -> int:
-        """Return the number of the next ECHO, which is sent now and counts itself in `tx`."""
+    def next_number(self, sent_us: int) -> int:
+        """Return the number of the next ECHO, which is sent now, at `sent_us`, and counts itself in `tx`."""
         self.number += 1
-        self._tx_at.append((self.tx + 1, self.tx_bytes))
+        self._tx_at.append((self.tx + 1, self.tx_bytes, sent_us))
         return self.number
+
+    def _sent_with(self, number: int) -> tuple[int, int, int] | None:
+        """Return `tx`, its bytes and our time at the ECHO of this number; None if there was none lately."""
+        since = self.number - number
+        return self._tx_at[-1 - since] if number and 0 <= since < len(self._tx_at) else None
 
     def refresh(self, now: float) -> None:
         """There is proof that the client is still at this endpoint."""
@@ -684,11 +710,24 @@ class ServerPath(Path):
         self.unasked_at = _INF if self.interval > 1.0 else now + (UNASKED_AFTER if is_asked else UNASKED_INTERVAL)
         self._enter(PathState.FRESH, now)
 
-    def reported_by_another(self, record: Record, now: float) -> None:
-        """Another path's probe says which ECHO of ours was heard here; one not reported before refreshes (R5 b)."""
-        if self.endpoint is not None and self.reported < record.newest <= self.number:
-            self.reported, self._unheard = record.newest, 0
-            self.refresh(now)
+    def reported_by_another(self, record: Record, told_us: int, now: float) -> Arrival | None:
+        """Another path's probe says which ECHO of ours was heard here; one not reported before refreshes (R5 b).
+
+        That probe was sent `told_us` by the client's clock. Returns the arrival of the ECHO, if that is news.
+        """
+        if self.endpoint is None or not self.reported < record.newest <= self.number:
+            return None
+        self.reported, self._unheard = record.newest, 0
+        self.refresh(now)
+        sent = self._sent_with(record.newest)
+        if sent is None:
+            return None
+        given, given_bytes, sent_us = sent
+        arrived_us = told_us - record.age_ms * 1000
+        self._sampled = record.newest
+        self._early.count(seconds_between(sent_us, arrived_us), now)
+        self.way_out.count(self._early.newest(), now)
+        return arrived_us, (given, given_bytes)
 
     @property
     def carries_down(self) -> bool:

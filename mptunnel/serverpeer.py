@@ -47,6 +47,7 @@ from mptunnel.messages import (
     EnrolResult,
     Hello,
     Use,
+    seconds_between,
 )
 from mptunnel.mtu import PROVE_AGAIN, TunnelMtu, refused
 from mptunnel.packet import MIN_MTU
@@ -534,7 +535,9 @@ class ServerPeer(Peer):
         for record in echo.records:
             other = self.paths.get(record.path)
             if other is not None and other is not path:
-                other.reported_by_another(record, now)
+                arrival = other.reported_by_another(record, echo.sent_us, now)
+                if arrival is not None and other.is_up:
+                    self._review(other, *arrival, None, now)
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)
             self._echoed_at = now  # it knows us
@@ -544,10 +547,9 @@ class ServerPeer(Peer):
         if proven is None or probed is None:
             return
         arrived_us = echo.sent_us - echo.held_us
-        path.measured(_seconds(arrived_us - echo.probe_us), _seconds(self._now_us(now) - echo.sent_us), now)
-        others = [other for other in self._open_paths() if other is not path and other.is_up]
-        if why := review(path, others, arrived_us / 1e6, probed, echo.rx, now):
-            log.debug("path %s held: %s", path.name, why)
+        up, down = seconds_between(echo.probe_us, arrived_us), seconds_between(echo.sent_us, self._now_us(now))
+        path.measured(echo.seq, up, down, now)
+        self._review(path, arrived_us, probed, echo.rx, now)
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
@@ -566,6 +568,12 @@ class ServerPeer(Peer):
         if path.carries <= proven <= size and proven:  # it came back as long as the probe was
             path.carries, path.proven_at, path.proof_tries = proven, now, 0
             self._consider_mtu(now)
+
+    def _review(self, path: ClientPath, at_us: int, given: tuple[int, int], delivered: int | None, now: float) -> None:
+        """Judge how much the path may be given, by new feedback (see `cap`)."""
+        others = [other for other in self._open_paths() if other is not path and other.is_up]
+        if why := review(path, others, at_us / 1e6, given, delivered, now):
+            log.debug("path %s held: %s", path.name, why)
 
     def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
         if close.path != WHOLE_SESSION or self._is_closed or session is not self.current:
@@ -713,8 +721,3 @@ class ServerPeer(Peer):
                 super()._expired(timer, now, out)
             case _:
                 super()._expired(timer, now, out)
-
-
-def _seconds(difference_us: int) -> float:
-    """Return the difference of two clocks' us, modulo 2^64, in s."""
-    return ((difference_us + (1 << 63)) % (1 << 64) - (1 << 63)) / 1e6

@@ -13,6 +13,8 @@ from mptunnel.scheduler import allot
 from tests.simnet import Simnet, Traffic, Wire
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mptunnel.clientpeer import ClientPeer
 
 FAST = 12.5e6  # bytes/s: 100 Mbit/s
@@ -60,6 +62,20 @@ def test_copies_on_a_bloated_path_are_young_and_after_the_fast_paths_death_too(m
         first = min((at, took) for at, took, way in slow.took if way == side and at >= cut)
         assert first[1] - slow_delay < 0.060
         assert traffic.back_at(side, cut) - cut < slow_delay + 0.5
+
+
+def test_two_seconds_of_queue_both_ways_are_seen_by_the_other_path() -> None:
+    slow = Wire(delay=0.06, rate=SLOW, buffer=2 * SLOW)
+    net = Simnet(Wire(delay=0.02, rate=FAST), slow)
+    net.run(2.0)
+    begun = net.now
+    offered(net, 8.0, 10.0)
+    net.run(10.0)
+    for side, settled in (("up", 3.0), ("down", 5.0)):
+        late = lateness(slow, side, begun + settled)
+        assert late[int(0.95 * len(late))] < 0.100, side
+        assert late[-1] < 0.2, side
+        assert len(late) * (SIZE + 88) / (10 - settled) > 0.75 * SLOW, side
 
 
 @pytest.mark.parametrize("mbit", [8.0, 3.0])
@@ -273,6 +289,35 @@ def held(queue: float = 0.4, rate: float = 100_000.0) -> Cap:
         given = number * 10
         cap.feedback(number * 0.05, given, int(given * rate / 200), given, queue, number * 0.05, is_worst=False)
     return cap
+
+
+def arrivals(cap: Cap, times: Sequence[float], queue: float, rate: float = 100_000.0) -> list[bool]:
+    """Let other paths tell what had arrived at these times, so many bytes a second; return what the cap says to it."""
+    return [cap.arrived(at, round(at * rate / 1000), round(at * rate), queue, at) for at in times]
+
+
+def test_what_other_paths_tell_holds_a_path_whose_own_feedback_is_old() -> None:
+    cap = Cap()
+    arrivals(cap, [1.0, 1.5], 0.2)
+    assert cap.delivered_rate() == pytest.approx(100_000)
+    assert 30_000 < (cap.rate or 0.0) < 50_000
+    arrivals(cap, [2.0], 0.2)
+    for number in range(10):  # what had come half a second ago: half of what was given
+        at = 1.0 + number * 0.06
+        cap.feedback(at, number * 6, number * 6000, number * 3, 0.2, 2.0 + number * 0.01, is_worst=False)
+    assert cap.delivered_rate() == pytest.approx(50_000, rel=0.1)
+    arrivals(cap, [2.2], 0.2)
+    assert 15_000 < (cap.rate or 0.0) < 25_000
+
+
+def test_what_other_paths_tell_is_nothing_beside_feedback_as_new_and_after_an_outage() -> None:
+    cap = held(0.0)
+    arrivals(cap, [0.1, 0.5, 0.99], 0.2, 1.0)
+    assert cap.rate is None
+    assert cap.delivered_rate() == pytest.approx(100_000, rel=0.1)
+    arrivals(cap, [20.0, 20.1], 0.2)
+    assert cap.rate is None, "two within 0.1 s say nothing of a rate"
+    assert arrivals(cap, [20.0, 19.0], 0.2) == [False, False]
 
 
 def test_the_longer_the_queue_the_less_a_path_is_given() -> None:

@@ -154,6 +154,27 @@ def test_a_path_waits_probes_is_up_falls_silent_and_comes_back() -> None:
     assert not path.fell_silent(60.0)
 
 
+def test_what_another_path_tells_of_a_probe_shows_the_queue_that_it_stood_in_and_counts_once() -> None:
+    path = client_path()
+    hour_us = 3_600_000_000  # by which the server's clock is ahead
+    for number, queue in enumerate((0.0, 0.2, 0.4), 1):
+        path.sent(10, 10_000)
+        given, size = path.tx + 1, path.tx_bytes
+        seq = probe(path, float(number)).seq
+        arrived_us = hour_us + number * 1_000_000 + round((0.03 + queue) * 1e6)
+        arrival = path.reported_by_another(Record(3, 70, seq), arrived_us + 70_000, number + 0.5)
+        assert arrival == (arrived_us, (given, size))
+        assert path.way_out.newest() == pytest.approx(queue)
+    path.measured(seq, 9.0, 0.0, 4.0)
+    assert path.way_out.newest() == pytest.approx(0.4), "that was told before"
+    seq = probe(path, 5.0).seq
+    path.measured(seq, 3600.13, 0.0, 5.2)
+    assert path.way_out.newest() == pytest.approx(0.1)
+    path.echo_received(seq, 1, 0.0, 1, 1, 5.2)
+    assert path.reported_by_another(Record(3, 0, seq), hour_us, 5.3) is None
+    assert path.reported_by_another(Record(3, 0, seq + 1), hour_us, 5.3) is None, "it was never sent"
+
+
 def test_two_unanswered_probes_or_a_moment_of_silence_do_not_call_a_path_down() -> None:
     path = client_path()
     probe(path, 0.0)
@@ -475,31 +496,50 @@ def test_data_copies_and_errors_refresh_nothing() -> None:
 def test_the_record_of_another_path_refreshes_once_for_each_echo_that_was_heard() -> None:
     path = bound(100.0)
     for number in (1, 2, 3):
-        assert path.next_number() == number
-    path.reported_by_another(Record(3, 0, 2), 110.0)
+        assert path.next_number(0) == number
+    path.reported_by_another(Record(3, 0, 2), 0, 110.0)
     assert (path.refreshed_at, path.update(110.0)) == (110.0, PathState.FRESH)
-    path.reported_by_another(Record(3, 0, 2), 120.0)
-    path.reported_by_another(Record(3, 0, 1), 120.0)
-    path.reported_by_another(Record(3, 0, 4), 120.0)  # of an ECHO that was never sent
-    path.reported_by_another(Record(3, 0, 0), 120.0)
+    path.reported_by_another(Record(3, 0, 2), 0, 120.0)
+    path.reported_by_another(Record(3, 0, 1), 0, 120.0)
+    path.reported_by_another(Record(3, 0, 4), 0, 120.0)  # of an ECHO that was never sent
+    path.reported_by_another(Record(3, 0, 0), 0, 120.0)
     assert path.refreshed_at == 110.0
-    path.reported_by_another(Record(3, 0, 3), 121.0)
+    path.reported_by_another(Record(3, 0, 3), 0, 121.0)
     assert path.refreshed_at == 121.0
+
+
+def test_what_another_path_tells_of_an_echo_shows_the_queue_that_it_stood_in_and_counts_once() -> None:
+    path = bound(100.0)
+    hour_us = 3_600_000_000  # by which the client's clock is ahead
+    for number, queue in enumerate((0.0, 0.2, 0.4), 1):
+        sent_us = number * 1_000_000
+        path.sent(10, 10_000)
+        path.next_number(sent_us)
+        arrived_us = hour_us + sent_us + round((0.03 + queue) * 1e6)
+        arrival = path.reported_by_another(Record(3, 70, number), arrived_us + 70_000, 100.0 + number)
+        assert arrival == (arrived_us, (10 * number + 1, 10_000 * number))
+        assert path.way_out.newest() == pytest.approx(queue)
+    path.adopt(made(2, echoed=3, queue_us=900_000), 104.0)
+    assert path.way_out.newest() == pytest.approx(0.4), "that was told before"
+    path.next_number(4_000_000)
+    path.adopt(made(3, echoed=4, queue_us=100_000), 105.0)
+    assert path.way_out.newest() == pytest.approx(0.1)
+    assert path.reported_by_another(Record(3, 0, 4), hour_us, 106.0) is None
 
 
 def test_what_the_paths_own_probe_has_reported_is_no_news_from_another() -> None:
     path = bound(100.0, interval=25.0)
-    path.next_number()
-    path.next_number()
+    path.next_number(0)
+    path.next_number(0)
     path.adopt(made(2, interval=25.0, echoed=2), 101.0)
-    path.reported_by_another(Record(3, 24_000, 2), 125.0)
+    path.reported_by_another(Record(3, 24_000, 2), 0, 125.0)
     assert path.refreshed_at == 101.0
 
 
 def test_a_path_without_endpoint_is_refreshed_by_no_record() -> None:
     path = ServerPath(3, 0.0)
     path.number = 10
-    path.reported_by_another(Record(3, 0, 5), 1.0)
+    path.reported_by_another(Record(3, 0, 5), 0, 1.0)
     assert (path.refreshed_at, path.state) == (-INF, PathState.CANDIDATE)
 
 
@@ -507,8 +547,8 @@ def test_a_new_incarnation_begins_all_counts_anew() -> None:
     path = bound(100.0)
     path.sent(50, 5000)
     path.received(40, 4000, 1452)
-    path.next_number()
-    path.reported_by_another(Record(3, 0, 1), 101.0)
+    path.next_number(0)
+    path.reported_by_another(Record(3, 0, 1), 0, 101.0)
     path.adopt(made(1, incarnation=78), 102.0)
     assert (path.tx, path.rx, path.number, path.reported, path.rx_size, path.incarnation) == (0, 0, 0, 0, 0, 78)
     assert (path.tx_bytes, path.rx_bytes) == (5000, 4000)
@@ -575,7 +615,7 @@ class Wires:
         self.echo(sent)
 
     def echo(self, sent: Probe) -> None:
-        number, tx, rx = self.server.next_number(), self.server.tx + 1, self.server.rx
+        number, tx, rx = self.server.next_number(0), self.server.tx + 1, self.server.rx
         if self.down(1):
             self.client.echo_received(sent.seq, number, 0.0, tx, rx, self.now)
 

@@ -572,7 +572,7 @@ def test_a_size_counts_only_if_the_echo_was_as_long_as_the_probe() -> None:
     net.tap = lambda side, _, datagram: None if side == "down" and len(datagram) > 1400 else datagram
     net.run(1.0)
     path = net.client.paths[0]
-    seq = next(seq for seq, (_, _, _, padded) in path._pending.items() if padded == 1420)
+    seq = next(seq for seq, (_, _, _, padded, _) in path._pending.items() if padded == 1420)
     values: dict[str, Any] = {
         "path": 0, "incarnation": path.incarnation, "seq": seq, "number": 99, "probe_us": 0, "sent_us": 0, "held_us": 0,
         "tx": 1, "rx": 1, "packets": 0, "rx_size": 1452, "port": 1, "address": bytes(16),
