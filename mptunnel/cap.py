@@ -45,7 +45,9 @@ RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become le
 RESPONSE: Final = 0.3  # of what it was; unless less arrives by as much
 RATE_SPAN: Final = 1.0  # s over which rates are measured
 RATE_LEAST_SPAN: Final = 0.25  # a shorter time says nothing of a rate
+SHARE_IS_OLD: Final = 5.0  # s after which it is not known any more what part arrives
 AHEAD: Final = 0.1  # s by which the other paths must know more for that to be worth more than what is known exactly
+MOST_SEEN: Final = 512  # in that time; a peer whose clock hardly goes may say more
 GROW_EVERY: Final = 0.1
 SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
 SAMPLES, HELD_SAMPLES = 3, 2  # at the least, and while the path is held
@@ -144,8 +146,9 @@ class Cap:
 
     def __init__(self) -> None:
         self.rate: float | None = None
-        self._seen: deque[tuple[float, int, int, int]] = deque()  # receiver's time, given, its bytes, delivered
-        self._marks: deque[tuple[float, int, int]] = deque()  # receiver's time, given, its bytes: this had arrived
+        # By the receiver's time: given, its bytes, delivered; and what had arrived of what was given, and its bytes.
+        self._seen: deque[tuple[float, int, int, int]] = deque(maxlen=MOST_SEEN)
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=MOST_SEEN)
         self._tokens = 0.0
         self._at = -INF
         self._grown_at = -INF
@@ -181,7 +184,7 @@ class Cap:
                 self._loses_since = now
         while seen[0][0] < at - RATE_SPAN and seen[1][0] <= at - RATE_LEAST_SPAN:
             seen.popleft()
-        return self._judge(queue, now)
+        return self._judge(queue, now, is_exact=True)
 
     def arrived(self, at: float, given: int, given_bytes: int, queue: float, now: float) -> bool:
         """The last of `given` datagrams arrived `at` the receiver's time; how many of the others did is not known yet.
@@ -196,10 +199,13 @@ class Cap:
         marks.append((at, given, given_bytes))
         while marks[0][0] < at - RATE_SPAN and marks[1][0] <= at - RATE_LEAST_SPAN:
             marks.popleft()
-        return self._is_ahead() and self._judge(queue, now)
+        return self._is_ahead() and self._judge(queue, now, is_exact=False)
 
-    def _judge(self, queue: float, now: float) -> bool:
-        """Hold the path or let it go, by what has come in; return whether what stands is a new floor."""
+    def _judge(self, queue: float, now: float, *, is_exact: bool) -> bool:
+        """Hold the path or let it go, by what has come in; return whether what stands is a new floor.
+
+        `is_exact`: what was lost is known, so that it may be held for that.
+        """
         rate = self.delivered_rate()
         if rate is None:
             return False
@@ -207,22 +213,23 @@ class Cap:
             return queue > STANDS
         if self.rate is not None and self._is_ahead():  # losses that are not known yet make it too much
             rate = min(rate, max(self.rate, self._known_rate() or 0.0))
-        queue -= FULL / max(rate, LEAST_RATE)
-        stands = queue > (STANDS if self.rate is None else DRAINED)
+        length = queue - FULL / max(rate, LEAST_RATE)
+        stands = length > (STANDS if self.rate is None else DRAINED)
         is_new_floor = stands and not self._responds(queue, rate, now)
         if is_new_floor or not stands:
             self._stood = (INF, 0.0, 0.0)
         if is_new_floor:
             self.rate = None
             return True
-        if stands or now - self._loses_since > LOSES_FOR:
-            gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (queue - DRAINED) / DRAIN_TIME))
+        loses = now - self._loses_since > LOSES_FOR
+        if stands or (loses and is_exact):
+            gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (length - DRAINED) / DRAIN_TIME))
             self._is_for_loss = not stands and (self.rate is None or self._is_for_loss)
             if self.rate is None:
                 self._tokens, self._at = 0.0, now
             self.rate = max(LEAST_RATE, gain * rate)
             self._limited_at = now
-        elif self.rate is not None:
+        elif self.rate is not None and not loses:
             if now - self._limited_at > FREE_AFTER:
                 self.rate = None
             elif now - self._grown_at >= GROW_EVERY:
@@ -272,7 +279,8 @@ class Cap:
         if delivered > last_delivered:
             self._came_at = at
         if at - last_at > OUTAGE or at - self._came_at > DROUGHT:
-            self.restart()
+            self._seen.clear()
+            self._loses_since = INF
         return True
 
     def _is_idle(self) -> bool:
@@ -293,7 +301,7 @@ class Cap:
 
     def _share(self) -> float:
         """Return what part of the datagrams arrived, as far as that is known."""
-        if len(self._seen) < 2:
+        if len(self._seen) < 2 or self._marks[-1][0] - self._seen[-1][0] > SHARE_IS_OLD:
             return 1.0
         (_, given_0, _, delivered_0), (_, given, _, delivered) = self._seen[0], self._seen[-1]
         return min(1.0, (delivered - delivered_0) / (given - given_0)) if given > given_0 else 1.0
@@ -305,10 +313,13 @@ class Cap:
         """
         since, length, rate_then = self._stood
         has_responded = now - since > RESPONDS_IN + 2 * length and queue < (1 - RESPONSE) * length
-        if since == INF or has_responded or queue > (1 + RESPONSE / 3) * length:  # it grows until our restraint arrives
+        if since == INF or has_responded:
             self._stood = (now, queue, rate)
-            return True
-        return now - since <= RESPONDS_IN + 2 * length or rate > (1 - RESPONSE) * rate_then
+        elif queue > (1 + RESPONSE / 3) * length:  # it grows until our restraint arrives
+            self._stood = (now, queue, max(rate, rate_then))
+        elif now - since > RESPONDS_IN + 2 * length:
+            return self.rate != LEAST_RATE and rate > (1 - RESPONSE) * rate_then
+        return True
 
     def _lost_half(self) -> bool:
         """Whether it delivered less than half of what it was given since some feedback not long ago.

@@ -382,7 +382,7 @@ class ClientPeer(Peer):
         host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
         sent_us = self._now_us(now)
         plain = Echo(
-            path.id, path.incarnation, probe.seq if probe else 0, path.next_number(sent_us),
+            path.id, path.incarnation, probe.seq if probe else 0, path.next_number(now, sent_us),
             probe.sent_us if probe else 0, sent_us, round((now - arrived_at) * 1e6) if probe else 0, path.tx + 1,
             path.rx, self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port, host,
             is_unasked=probe is None, records=others,

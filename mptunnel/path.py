@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.cap import Cap, Delay, SendQueue
 from mptunnel.events import NoticeKind
-from mptunnel.messages import Probe, Record, Use, seconds_between
+from mptunnel.messages import NO_NEWS, Probe, Record, Use, seconds_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -437,9 +437,11 @@ class ClientPath(Path):
         """
         if not self._reached < record.newest <= self._seq:
             return None
-        self._reached, self.reached_at = record.newest, now
         pending = self._pending.get(record.newest)
-        if pending is None:
+        if pending is not None and not _may_be_so_old(record, now - pending[0]):
+            return None  # of an earlier socket's probe
+        self._reached, self.reached_at = record.newest, now
+        if pending is None or record.newest <= self._sampled or record.age_ms == NO_NEWS:
             return None
         _, given, given_bytes, _, sent_us = pending
         arrived_us = told_us - record.age_ms * 1000
@@ -577,9 +579,9 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_early", "_heard", "_order", "_sampled", "_spacing", "_tx_at", "_unheard", "candidate", "endpoint", "fed_back",
-        "idle_room", "interval", "is_told", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at",
-        "unasked_at", "use",
+        "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
+        "candidate", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_up", "number",
+        "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -603,9 +605,11 @@ class ServerPath(Path):
         self.use = Use.DATA
         self._spacing = PROBE_INTERVAL  # s between two refreshes, smoothed
         self.fed_back: tuple[int, int] | None = None  # datagrams and bytes that the newest probe speaks of
-        # Our `tx`, its bytes and our time, in us, at the newest ECHOs up to `number`.
-        self._tx_at: deque[tuple[int, int, int]] = deque(maxlen=256)
-        self._early = Delay()  # of the way down, as told on other paths
+        # When, our `tx`, its bytes, when by the clock that the ECHO tells: of the newest ECHOs up to `number`.
+        self._tx_at: deque[tuple[float, int, int, int]] = deque(maxlen=MAX_PENDING)
+        self._queue_of = (0, 0.0)  # an ECHO and what the client says of the queue on its way, in s
+        self._took = (0, 0.0)  # an ECHO and what its way took, in s, by clocks that agree in their pace only
+        self._least_took: float | None = None  # what it takes where there is no queue, by the two
         self.is_told = False  # the client's RECEIPTs say exactly what is lost downwards
 
     @property
@@ -662,18 +666,22 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
-            self.cap, self.way_out, self._early, self.room = Cap(), Delay(), Delay(), None
+            self.cap, self.way_out, self.room = Cap(), Delay(), None
+            self._queue_of = self._took = (0, 0.0)
+            self._least_took = None
         self.loss_up.count(probe.tx, self.rx, now)
         self.fed_back = None
         heard = self._sent_with(probe.echoed)
         if heard is not None:
-            given, given_bytes, _ = heard
+            _, given, given_bytes, _ = heard
             if not self.is_told:
                 self.loss_down.count(given, probe.rx, now)
             if probe.echoed > self._sampled:  # in an outage the client goes on telling of the last one
                 self._sampled = probe.echoed
                 self.way_out.count(probe.queue_us / 1e6, now)  # as the client says
             self.fed_back = (given, given_bytes)
+            self._queue_of = (probe.echoed, probe.queue_us / 1e6)
+            self._calibrate()
         self._unheard += 1
         if self.reported < probe.echoed <= self.number:
             self.reported, self._unheard = probe.echoed, 0
@@ -689,14 +697,19 @@ class ServerPath(Path):
         self.is_told = True
         self.loss_down.told(given, lost, now)
 
-    def next_number(self, sent_us: int) -> int:
-        """Return the number of the next ECHO, which is sent now, at `sent_us`, and counts itself in `tx`."""
+    def next_number(self, now: float, sent_us: int) -> int:
+        """Return the number of the next ECHO, which counts itself in `tx`; it is sent now, and tells `sent_us`."""
         self.number += 1
-        self._tx_at.append((self.tx + 1, self.tx_bytes, sent_us))
+        self._tx_at.append((now, self.tx + 1, self.tx_bytes, sent_us))
         return self.number
 
-    def _sent_with(self, number: int) -> tuple[int, int, int] | None:
-        """Return `tx`, its bytes and our time at the ECHO of this number; None if there was none lately."""
+    def _calibrate(self) -> None:
+        """What the client says of the queue of an ECHO, and what that took, say what it takes without a queue."""
+        if self._queue_of[0] == self._took[0] > 0:
+            self._least_took = self._took[1] - self._queue_of[1]
+
+    def _sent_with(self, number: int) -> tuple[float, int, int, int] | None:
+        """Return what is kept of the ECHO of this number; None if there was none lately."""
         since = self.number - number
         return self._tx_at[-1 - since] if number and 0 <= since < len(self._tx_at) else None
 
@@ -715,18 +728,25 @@ class ServerPath(Path):
 
         That probe was sent `told_us` by the client's clock. Returns the arrival of the ECHO, if that is news.
         """
-        if self.endpoint is None or not self.reported < record.newest <= self.number:
+        if self.endpoint is None or not self.reported <= record.newest <= self.number:
             return None
-        self.reported, self._unheard = record.newest, 0
-        self.refresh(now)
         sent = self._sent_with(record.newest)
-        if sent is None:
+        if sent is not None and not _may_be_so_old(record, now - sent[0]):
+            return None  # of an earlier socket's ECHO
+        is_news = record.newest > self.reported
+        if is_news:
+            self.reported, self._unheard = record.newest, 0
+            self.refresh(now)
+        if sent is None or record.age_ms == NO_NEWS:
             return None
-        given, given_bytes, sent_us = sent
+        _, given, given_bytes, sent_us = sent
         arrived_us = told_us - record.age_ms * 1000
+        self._took = (record.newest, seconds_between(sent_us, arrived_us))
+        self._calibrate()
+        if not is_news or self._least_took is None:
+            return None
         self._sampled = record.newest
-        self._early.count(seconds_between(sent_us, arrived_us), now)
-        self.way_out.count(self._early.newest(), now)
+        self.way_out.count(max(0.0, self._took[1] - self._least_took), now)
         return arrived_us, (given, given_bytes)
 
     @property
@@ -765,6 +785,11 @@ class ServerPath(Path):
         if self.state is PathState.IDLE:
             return self.refreshed_at + self.interval + IDLE_SLACK + _TICK
         return min(self.unasked_at, self.refreshed_at + max(FRESH_FOR, 4 * (self.rtt or 0.0)) + _TICK)
+
+
+def _may_be_so_old(record: Record, age: float) -> bool:
+    """Whether it may have arrived as long ago as the record says what was sent `age` seconds ago."""
+    return record.age_ms == NO_NEWS or record.age_ms / 1000 <= age + _TICK
 
 
 class Candidate:

@@ -536,7 +536,7 @@ class ServerPeer(Peer):
             other = self.paths.get(record.path)
             if other is not None and other is not path:
                 arrival = other.reported_by_another(record, echo.sent_us, now)
-                if arrival is not None and other.is_up:
+                if arrival is not None and other.carries_up(now):
                     self._review(other, *arrival, None, now)
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)

@@ -317,7 +317,24 @@ def test_what_other_paths_tell_is_nothing_beside_feedback_as_new_and_after_an_ou
     assert cap.delivered_rate() == pytest.approx(100_000, rel=0.1)
     arrivals(cap, [20.0, 20.1], 0.2)
     assert cap.rate is None, "two within 0.1 s say nothing of a rate"
-    assert arrivals(cap, [20.0, 19.0], 0.2) == [False, False]
+    arrivals(cap, [19.5, 20.05], 0.2)
+    assert cap.delivered_rate() == pytest.approx(100_000, rel=0.1), "what comes late is no news"
+    arrivals(cap, [20.3], 0.2, 50_000.0)
+    assert cap.rate is None, "nor is what counts less than before"
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.05])
+@pytest.mark.parametrize("longer", [0.1, 0.3, 0.5])
+def test_a_longer_route_is_a_new_floor_after_some_seconds(longer: float, jitter: float) -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06, jitter=jitter), seed=3)
+    net.run(2.0)
+    offered(net, 0.8, 30.0)
+    net.run(5.0)
+    net.wires[1].delay += longer
+    net.run(15.0)
+    before = net.client.paths[1].withheld, guest(net).paths[1].withheld
+    net.run(8.0)
+    assert (net.client.paths[1].withheld, guest(net).paths[1].withheld) == before
 
 
 def test_the_longer_the_queue_the_less_a_path_is_given() -> None:

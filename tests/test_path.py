@@ -496,7 +496,7 @@ def test_data_copies_and_errors_refresh_nothing() -> None:
 def test_the_record_of_another_path_refreshes_once_for_each_echo_that_was_heard() -> None:
     path = bound(100.0)
     for number in (1, 2, 3):
-        assert path.next_number(0) == number
+        assert path.next_number(100.0, 0) == number
     path.reported_by_another(Record(3, 0, 2), 0, 110.0)
     assert (path.refreshed_at, path.update(110.0)) == (110.0, PathState.FRESH)
     path.reported_by_another(Record(3, 0, 2), 0, 120.0)
@@ -514,23 +514,40 @@ def test_what_another_path_tells_of_an_echo_shows_the_queue_that_it_stood_in_and
     for number, queue in enumerate((0.0, 0.2, 0.4), 1):
         sent_us = number * 1_000_000
         path.sent(10, 10_000)
-        path.next_number(sent_us)
+        path.next_number(100.0 + number, sent_us)
         arrived_us = hour_us + sent_us + round((0.03 + queue) * 1e6)
-        arrival = path.reported_by_another(Record(3, 70, number), arrived_us + 70_000, 100.0 + number)
-        assert arrival == (arrived_us, (10 * number + 1, 10_000 * number))
+        arrival = path.reported_by_another(Record(3, 70, number), arrived_us + 70_000, 100.6 + number)
+        if number == 1:  # nobody knows yet what part of it is a queue
+            assert arrival is None
+            path.adopt(made(2, echoed=1, queue_us=0), 101.8)
+        else:
+            assert arrival == (arrived_us, (10 * number + 1, 10_000 * number))
         assert path.way_out.newest() == pytest.approx(queue)
-    path.adopt(made(2, echoed=3, queue_us=900_000), 104.0)
+    path.adopt(made(3, echoed=3, queue_us=900_000), 104.0)
     assert path.way_out.newest() == pytest.approx(0.4), "that was told before"
-    path.next_number(4_000_000)
-    path.adopt(made(3, echoed=4, queue_us=100_000), 105.0)
+    path.next_number(104.0, 4_000_000)
+    path.adopt(made(4, echoed=4, queue_us=100_000), 105.0)
     assert path.way_out.newest() == pytest.approx(0.1)
     assert path.reported_by_another(Record(3, 0, 4), hour_us, 106.0) is None
 
 
+def test_a_record_that_is_older_than_what_it_speaks_of_is_of_an_earlier_socket() -> None:
+    path = bound(100.0)
+    path.next_number(100.0, 0)
+    assert path.reported_by_another(Record(3, 5000, 1), 0, 101.0) is None
+    assert (path.reported, path.refreshed_at) == (0, 100.0)
+    ours = client_path()
+    seq = probe(ours, 10.0).seq
+    assert ours.reported_by_another(Record(3, 5000, seq), 0, 11.0) is None
+    assert ours.reached_at == -INF
+    assert ours.reported_by_another(Record(3, 500, seq), 0, 11.0) is not None
+    assert ours.reached_at == 11.0
+
+
 def test_what_the_paths_own_probe_has_reported_is_no_news_from_another() -> None:
     path = bound(100.0, interval=25.0)
-    path.next_number(0)
-    path.next_number(0)
+    path.next_number(100.0, 0)
+    path.next_number(100.0, 0)
     path.adopt(made(2, interval=25.0, echoed=2), 101.0)
     path.reported_by_another(Record(3, 24_000, 2), 0, 125.0)
     assert path.refreshed_at == 101.0
@@ -547,7 +564,7 @@ def test_a_new_incarnation_begins_all_counts_anew() -> None:
     path = bound(100.0)
     path.sent(50, 5000)
     path.received(40, 4000, 1452)
-    path.next_number(0)
+    path.next_number(100.0, 0)
     path.reported_by_another(Record(3, 0, 1), 0, 101.0)
     path.adopt(made(1, incarnation=78), 102.0)
     assert (path.tx, path.rx, path.number, path.reported, path.rx_size, path.incarnation) == (0, 0, 0, 0, 0, 78)
@@ -615,7 +632,7 @@ class Wires:
         self.echo(sent)
 
     def echo(self, sent: Probe) -> None:
-        number, tx, rx = self.server.next_number(0), self.server.tx + 1, self.server.rx
+        number, tx, rx = self.server.next_number(100.0, 0), self.server.tx + 1, self.server.rx
         if self.down(1):
             self.client.echo_received(sent.seq, number, 0.0, tx, rx, self.now)
 
