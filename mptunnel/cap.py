@@ -5,21 +5,22 @@ survivor is seconds behind. So a path gets less than everything, and the rest of
 
 * by **delay**: it is *held* when its one-way delay stands more than 30 ms above its floor. The delay is that of probes
   (up) and ECHOs (down), which wait in the same queues as data; "stands" means: the least of the newest samples, for
-  jitter is no queue. The floor is the least delay of the last minute or so, for clocks drift. What stands on all paths
-  alike is no queue of this one: a busy machine, or a link that they share. Nor is what stands though next to nothing
-  was given, or does not get less though so little is given that less arrives: a new route, whose delay is the new
-  floor. As long as a queue stands, what arrives does not get less;
+  jitter is no queue: where there is much of it more samples are asked, and what it usually is does not count. (A queue
+  that grows or drains makes a line of them; jitter is what is off the line.) The floor is the least delay of the last
+  minute or so, for clocks drift. What stands on all paths alike is no queue of this one: a busy machine, or a link that
+  they share. Nor is what stands though next to nothing was given, or does not get less though so little is given that
+  less arrives: a new route, whose delay is the new floor. As long as a queue stands, what arrives does not get less;
 * by **loss**: it is held when feedback has said for a second that it delivers less than half of what it is given,
   although another path loses less. An outage is no such loss: then there is no feedback, or nothing comes at all;
 * by its own **send queue** (client only): what the kernel has not sent yet may not be more than 50 ms of what the path
   delivers, or two datagrams.
 
 Held means: a rate, enforced by a bucket. While the queue stands, it is as much under what the path delivers as the
-queue is long, so that it drains within a second. When the queue is gone, it is just under what the path delivered, and
-grows by a twentieth at a time from where it is, so that a link that has recovered is found out. Held for nothing but a
-loss that has ended, it doubles: nothing gets old by what is lost. A path that has not been at its limit for two seconds
-is held no more. The rate does not fall below 64 kbit/s: probes have to get through, and tell when it is better. The
-path with the least delay is exempt from all this (see `scheduler`).
+queue is long, so that it drains within a second. When the queue is gone, it is just under what the path delivered while
+it stood, and grows by a twentieth at a time from there, so that a link that has recovered is found out. Held for
+nothing but a loss that has ended, it doubles: nothing gets old by what is lost. A path that has not been at its limit
+for two seconds is held no more. The rate does not fall below 64 kbit/s: probes have to get through, and tell when it is
+better. The path with the least delay is exempt from all this (see `scheduler`).
 
 Where both ways have a long queue, the answer to a probe comes too late to be of use. But the messages on the other
 paths tell which probe came by this one last, and when: its delay, and how fast what was given before it has got
@@ -40,6 +41,7 @@ STANDS: Final = 0.030  # s above the floor, and what a full datagram takes: a qu
 DRAINED: Final = 0.015  # s above the floor, and what a full datagram takes: none
 DRAIN_TIME: Final = 0.3  # s: the length of queue that all of the rate is needed to drain
 LEAST_GAIN, MOST_GAIN, GROWTH = 0.1, 0.9, 1.05  # of the delivered rate: with a long queue, a short one, none
+BLIND_GROWTH: Final = 1.5  # while it is not known what was delivered
 LEAST_RATE: Final = 8000.0  # bytes/s
 RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become less by
 RESPONSE: Final = 0.3  # of what it was; unless less arrives by as much
@@ -50,7 +52,8 @@ AHEAD: Final = 0.1  # s by which the other paths must know more for that to be w
 MOST_SEEN: Final = 512  # in that time; a peer whose clock hardly goes may say more
 GROW_EVERY: Final = 0.1
 SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
-SAMPLES, HELD_SAMPLES = 3, 2  # at the least, and while the path is held
+SAMPLES, HELD_SAMPLES, JITTERY_SAMPLES = 3, 2, 5  # at the least; while the path is held; where there is jitter
+JITTER_WEIGHT: Final = 1 / 16  # of the newest sample
 SAMPLES_LEAST_SPAN: Final = 0.1  # s that they must be apart to say that something stands
 FLOOR_SPAN: Final = 30.0  # the floor is the least delay of this span and of the one before it
 QUEUE_TIME: Final = 0.050  # s of the delivered rate that may wait in the kernel
@@ -72,15 +75,19 @@ INF: Final = float("inf")
 class Delay:
     """One-way delay in one direction, from clocks that agree in nothing but their pace."""
 
-    __slots__ = ("_floors", "_floors_at", "_samples")
+    __slots__ = ("_floors", "_floors_at", "_samples", "jitter")
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float]] = deque(maxlen=64)
         self._floors = (INF, INF)  # of the span before, of this one
         self._floors_at = -INF
+        self.jitter = 0.0  # s, smoothed: by how much a sample is off the line through the two before it
 
     def count(self, delay: float, now: float) -> None:
         """A sample: arrival by the receiver's clock minus departure by the sender's, in s."""
+        if len(self._samples) > 1:
+            (_, last), (_, one_before) = self._samples[-1], self._samples[-2]
+            self.jitter += (abs(delay - 2 * last + one_before) - self.jitter) * JITTER_WEIGHT
         if now - self._floors_at > FLOOR_SPAN:
             self._floors = (self._floors[1] if now - self._floors_at < 2 * FLOOR_SPAN else INF, INF)
             self._floors_at = now
@@ -140,8 +147,8 @@ class Cap:
     """The rate that a path is held at in one direction; `rate` is None while it is not."""
 
     __slots__ = (
-        "_at", "_came_at", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_marks", "_seen", "_stood",
-        "_tokens", "rate",
+        "_at", "_came_at", "_carries", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_marks", "_seen",
+        "_stood", "_stood_until", "_tokens", "rate",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -156,6 +163,8 @@ class Cap:
         self._loses_since = INF
         self._is_for_loss = False  # that it is held
         self._came_at = INF  # receiver's time of the newest feedback that said that something had come
+        self._carries = 0.0  # bytes/s: what it delivered while a queue stood, as far as that is known
+        self._stood_until = -INF  # by the receiver's time
         self._stood = (INF, 0.0, 0.0)  # since when a queue stands, how long it was then, and what was delivered
 
     def restart(self) -> None:
@@ -165,7 +174,16 @@ class Cap:
         self._loses_since = INF
 
     def feedback(
-        self, at: float, given: int, given_bytes: int, delivered: int, queue: float, now: float, *, is_worst: bool
+        self,
+        at: float,
+        given: int,
+        given_bytes: int,
+        delivered: int,
+        queue: float,
+        now: float,
+        *,
+        is_worst: bool,
+        jitter: float = 0.0,
     ) -> bool:
         """The receiver had received `delivered` datagrams `at` its time, of the `given` ones sent by then.
 
@@ -184,9 +202,11 @@ class Cap:
                 self._loses_since = now
         while seen[0][0] < at - RATE_SPAN and seen[1][0] <= at - RATE_LEAST_SPAN:
             seen.popleft()
-        return self._judge(queue, now, is_exact=True)
+        return self._judge(queue, jitter, now, is_exact=True)
 
-    def arrived(self, at: float, given: int, given_bytes: int, queue: float, now: float) -> bool:
+    def arrived(
+        self, at: float, given: int, given_bytes: int, queue: float, now: float, *, jitter: float = 0.0
+    ) -> bool:
         """The last of `given` datagrams arrived `at` the receiver's time; how many of the others did is not known yet.
 
         All else is as with `feedback`, which may come much later.
@@ -199,9 +219,9 @@ class Cap:
         marks.append((at, given, given_bytes))
         while marks[0][0] < at - RATE_SPAN and marks[1][0] <= at - RATE_LEAST_SPAN:
             marks.popleft()
-        return self._is_ahead() and self._judge(queue, now, is_exact=False)
+        return self._is_ahead() and self._judge(queue, jitter, now, is_exact=False)
 
-    def _judge(self, queue: float, now: float, *, is_exact: bool) -> bool:
+    def _judge(self, queue: float, jitter: float, now: float, *, is_exact: bool) -> bool:
         """Hold the path or let it go, by what has come in; return whether what stands is a new floor.
 
         `is_exact`: what was lost is known, so that it may be held for that.
@@ -213,7 +233,7 @@ class Cap:
             return queue > STANDS
         if self.rate is not None and self._is_ahead():  # losses that are not known yet make it too much
             rate = min(rate, max(self.rate, self._known_rate() or 0.0))
-        length = queue - FULL / max(rate, LEAST_RATE)
+        length = queue - max(self.time_of_one(), jitter)
         stands = length > (STANDS if self.rate is None else DRAINED)
         is_new_floor = stands and not self._responds(queue, rate, now)
         if is_new_floor or not stands:
@@ -226,21 +246,30 @@ class Cap:
             gain = max(LEAST_GAIN, min(MOST_GAIN, 1.0 - (length - DRAINED) / DRAIN_TIME))
             self._is_for_loss = not stands and (self.rate is None or self._is_for_loss)
             if self.rate is None:
-                self._tokens, self._at = 0.0, now
+                self._tokens, self._at, self._carries = 0.0, now, 0.0
             self.rate = max(LEAST_RATE, gain * rate)
             self._limited_at = now
+            if stands:
+                self._stood_until = max(known[-1][0] for known in (self._seen, self._marks) if known)
         elif self.rate is not None and not loses:
             if now - self._limited_at > FREE_AFTER:
                 self.rate = None
             elif now - self._grown_at >= GROW_EVERY:
                 self._grown_at = now
-                grown = max(self.rate, MOST_GAIN * rate, GROWTH * min(self.rate, rate))
+                growth = GROWTH if self._carries > LEAST_RATE else BLIND_GROWTH
+                grown = max(self.rate, MOST_GAIN * self._carries, growth * min(self.rate, rate))
                 self.rate = 2 * self.rate if self._is_for_loss else grown
+        if is_exact and self._seen[-1][0] <= self._stood_until:
+            self._carries = self._known_rate() or 0.0
         return False
 
     def delivered_rate(self) -> float | None:
         """Return what arrived lately, in bytes/s; None while too little is known."""
         return self._given_rate(self._marks) * self._share() if self._is_ahead() else self._known_rate()
+
+    def time_of_one(self) -> float:
+        """Return how long a full datagram takes at what arrived lately, in s."""
+        return FULL / max(self.delivered_rate() or 0.0, LEAST_RATE)
 
     def _known_rate(self) -> float | None:
         if len(self._seen) < 2:
@@ -362,16 +391,17 @@ def review(
 
     The peer had received `delivered` datagrams (None: not known) `at` its time, of the (datagrams, bytes) `given`.
     """
-    queue = path.way_out.queue(now, SAMPLES if path.cap.rate is None else HELD_SAMPLES) - min(
-        (other.way_out.queue(now) for other in others), default=0.0
-    )
+    jitter = path.way_out.jitter
+    few, many = (SAMPLES, JITTERY_SAMPLES) if path.cap.rate is None else (HELD_SAMPLES, SAMPLES)
+    samples = many if jitter > DRAINED + path.cap.time_of_one() else few
+    queue = path.way_out.queue(now, samples) - min((other.way_out.queue(now) for other in others), default=0.0)
     loss = path.loss_out.recent() or 0.0
     is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
     was_held = path.cap.rate is not None
     if delivered is None:
-        is_new_floor = path.cap.arrived(at, *given, queue, now)
+        is_new_floor = path.cap.arrived(at, *given, queue, now, jitter=jitter)
     else:
-        is_new_floor = path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst)
+        is_new_floor = path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst, jitter=jitter)
     if is_new_floor:
         path.rebase()
     is_news = path.cap.rate is not None and not was_held

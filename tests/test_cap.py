@@ -88,10 +88,10 @@ def test_a_very_slow_path_is_held_all_the_time(mbit: float) -> None:
     offered(net, mbit, 25.0)
     net.run(25.0)
     for side in SIDES:
-        late = lateness(slow, side, begun + 5.0)
+        late = lateness(slow, side, begun + 7.0)
         assert late[int(0.95 * len(late))] < 0.120
-        assert late[-1] < 0.2, "it was never given everything again"
-        assert len(late) * (SIZE + 88) / 20 > 0.75 * rate
+        assert late[-1] < 0.3, "it was never given everything again"
+        assert len(late) * (SIZE + 88) / 18 > 0.75 * rate
 
 
 def test_a_path_with_jitter_and_room_gets_everything() -> None:
@@ -103,6 +103,27 @@ def test_a_path_with_jitter_and_room_gets_everything() -> None:
     assert traffic.is_whole()
     assert net.client.paths[1].withheld == before == 0
     assert guest(net).paths[1].withheld == 0
+
+
+@pytest.mark.parametrize(("mbit", "jitter"), [(0.5, 0.08), (0.8, 0.08), (2.0, 0.06)])
+def test_jitter_is_no_queue_on_a_path_with_little_room_either(mbit: float, jitter: float) -> None:
+    rate = 3e6 / 8
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06, jitter=jitter, rate=rate, buffer=rate))
+    net.run(2.0)
+    traffic = offered(net, mbit, 30.0)
+    net.run(33.0)
+    assert traffic.is_whole()
+    for side in (net.client, guest(net)):
+        assert side.paths[1].withheld < 0.05 * side.paths[0].tx_bytes
+
+
+def test_what_is_off_the_line_is_jitter_and_a_queue_that_grows_is_none() -> None:
+    steady, shaky = Delay(), Delay()
+    for number in range(100):
+        steady.count(5.0 + number * 0.1, number * 0.1)
+        shaky.count(5.0 + number % 2 * 0.03, number * 0.1)
+    assert steady.jitter == pytest.approx(0.0, abs=1e-9)
+    assert shaky.jitter == pytest.approx(0.06, rel=0.01)
 
 
 @pytest.mark.parametrize("loss", [0.05, 0.2])

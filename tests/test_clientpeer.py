@@ -364,10 +364,10 @@ def test_a_record_refreshes_only_by_an_echo_number_not_reported_before_and_reall
     net.run(2.0)
     before = path.refreshed_at
     for newest in (path.reported, path.number + 1, 2**32 - 1, 0):
-        deliver(net, probe(net, 1, records=(Record(0, 5, newest),)), net.source(1))
+        deliver(net, probe(net, 1, records=(Record(0, 0, newest),)), net.source(1))
         assert path.refreshed_at == before
     path.number += 1  # one more ECHO, and it was heard
-    deliver(net, probe(net, 1, records=(Record(0, 5, path.number),)), net.source(1))
+    deliver(net, probe(net, 1, records=(Record(0, 0, path.number),)), net.source(1))
     assert path.refreshed_at == net.now
 
 
