@@ -80,7 +80,7 @@ def test_deaths_at_random_on_real_wires_lose_nothing(make_tunnel: Maker, plan: P
     assert tunnel.status()["receipts"]["down"]["lost"] == 0
 
 
-@pytest.mark.parametrize("dead", [1.0, pytest.param(10.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dead", [1.0, *(pytest.param(dead, marks=pytest.mark.slow) for dead in (10.0, 200.0))])
 def test_after_all_paths_were_dead_real_packets_flow_again_at_once(make_tunnel: Maker, dead: float) -> None:
     tunnel = make_tunnel(seed=46)
     tunnel.begin()
