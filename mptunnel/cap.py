@@ -17,10 +17,11 @@ survivor is seconds behind. So a path gets less than everything, and the rest of
 
 Held means: a rate, enforced by a bucket. While the queue stands, it is as much under what the path delivers as the
 queue is long, so that it drains within a second. When the queue is gone, it is just under what the path delivered while
-it stood, and grows by a twentieth at a time from there, so that a link that has recovered is found out. Held for
-nothing but a loss that has ended, it doubles: nothing gets old by what is lost. A path that has not been at its limit
-for two seconds is held no more. The rate does not fall below 64 kbit/s: probes have to get through, and tell when it is
-better. The path with the least delay is exempt from all this (see `scheduler`).
+it stood, and grows by a twentieth at a time from there, so that a link that has recovered is found out; after three
+seconds without a queue also if less is given, for bursts never fill a rate. Held for nothing but a loss that has ended,
+it doubles: nothing gets old by what is lost. A path that has not been at its limit for two seconds is held no more. The
+rate does not fall below 64 kbit/s: probes have to get through, and tell when it is better. The path with the least
+delay is exempt from all this (see `scheduler`).
 
 Where both ways have a long queue, the answer to a probe comes too late to be of use. But the messages on the other
 paths tell which probe came by this one last, and when: its delay, and how fast what was given before it has got
@@ -45,15 +46,18 @@ BLIND_GROWTH: Final = 1.5  # while it is not known what was delivered
 LEAST_RATE: Final = 8000.0  # bytes/s
 RESPONDS_IN: Final = 1.0  # s, twice the queue more: then it must have become less by
 RESPONSE: Final = 0.3  # of what it was; unless less arrives by as much
+LEAST_RESPONSE: Final = 0.05  # at the least rate, which may be just under what the link carries
 RATE_SPAN: Final = 1.0  # s over which rates are measured
 RATE_LEAST_SPAN: Final = 0.25  # a shorter time says nothing of a rate
 SHARE_IS_OLD: Final = 5.0  # s after which it is not known any more what part arrives
 AHEAD: Final = 0.1  # s by which the other paths must know more for that to be worth more than what is known exactly
 MOST_SEEN: Final = 512  # in that time; a peer whose clock hardly goes may say more
 GROW_EVERY: Final = 0.1
+CALM_AFTER: Final = 3.0  # s without a reason to be held: it grows whether or not what it may be given is given
 SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
 SAMPLES, HELD_SAMPLES, JITTERY_SAMPLES = 3, 2, 5  # at the least; while the path is held; where there is jitter
 JITTER_WEIGHT: Final = 1 / 16  # of the newest sample
+MOST_JITTER: Final = 0.1  # s: what is more is an event
 SAMPLES_LEAST_SPAN: Final = 0.1  # s that they must be apart to say that something stands
 FLOOR_SPAN: Final = 30.0  # the floor is the least delay of this span and of the one before it
 QUEUE_TIME: Final = 0.050  # s of the delivered rate that may wait in the kernel
@@ -70,6 +74,7 @@ OUTAGE_IN_A_QUEUE: Final = 2.0  # s: there, what was sent close together arrives
 DROUGHT: Final = 0.25  # s in which feedback came, and said that nothing had come: an outage in one direction
 
 INF: Final = float("inf")
+_HALF: Final = 1 << 31
 
 
 class Delay:
@@ -87,7 +92,7 @@ class Delay:
         """A sample: arrival by the receiver's clock minus departure by the sender's, in s."""
         if len(self._samples) > 1:
             (_, last), (_, one_before) = self._samples[-1], self._samples[-2]
-            self.jitter += (abs(delay - 2 * last + one_before) - self.jitter) * JITTER_WEIGHT
+            self.jitter += (min(MOST_JITTER, abs(delay - 2 * last + one_before)) - self.jitter) * JITTER_WEIGHT
         if now - self._floors_at > FLOOR_SPAN:
             self._floors = (self._floors[1] if now - self._floors_at < 2 * FLOOR_SPAN else INF, INF)
             self._floors_at = now
@@ -147,8 +152,8 @@ class Cap:
     """The rate that a path is held at in one direction; `rate` is None while it is not."""
 
     __slots__ = (
-        "_at", "_came_at", "_carries", "_grown_at", "_is_for_loss", "_limited_at", "_loses_since", "_marks", "_seen",
-        "_stood", "_stood_until", "_tokens", "rate",
+        "_at", "_came_at", "_carries", "_delivered", "_grown_at", "_held_at", "_is_for_loss", "_limited_at",
+        "_loses_since", "_marks", "_seen", "_stood", "_stood_until", "_tokens", "rate",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -156,10 +161,12 @@ class Cap:
         # By the receiver's time: given, its bytes, delivered; and what had arrived of what was given, and its bytes.
         self._seen: deque[tuple[float, int, int, int]] = deque(maxlen=MOST_SEEN)
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=MOST_SEEN)
+        self._delivered = 0  # by the newest feedback
         self._tokens = 0.0
         self._at = -INF
         self._grown_at = -INF
         self._limited_at = -INF
+        self._held_at = -INF  # when there was a reason last
         self._loses_since = INF
         self._is_for_loss = False  # that it is held
         self._came_at = INF  # receiver's time of the newest feedback that said that something had come
@@ -187,13 +194,14 @@ class Cap:
     ) -> bool:
         """The receiver had received `delivered` datagrams `at` its time, of the `given` ones sent by then.
 
-        `given_bytes` are theirs. All three count on from one feedback to the next. `queue` is by how many seconds the
-        delay stands above its floor; `is_worst` says that another path loses less.
-        Returns whether that is no queue, but a new floor.
+        `given_bytes` are theirs. All three count on from one feedback to the next, `delivered` modulo 2^32. `queue` is
+        by how many seconds the delay stands above its floor, `jitter` how unsteady that is; `is_worst` says that
+        another path loses less. Returns whether that is no queue, but a new floor.
         """
+        delivered = self._delivered + (delivered - self._delivered + _HALF) % (2 * _HALF) - _HALF
         if not self._is_news(at, given, delivered):
             return False  # an older one that came late
-        seen = self._seen
+        seen, self._delivered = self._seen, delivered
         seen.append((at, given, given_bytes, delivered))
         if len(seen) > 1 and given > seen[-2][1]:  # else nobody knows of what more has come
             if not (is_worst and self._lost_half()):
@@ -239,7 +247,8 @@ class Cap:
         if is_new_floor or not stands:
             self._stood = (INF, 0.0, 0.0)
         if is_new_floor:
-            self.rate = None
+            if self.rate is not None and self.rate > LEAST_RATE:
+                self.rate = None
             return True
         loses = now - self._loses_since > LOSES_FOR
         if stands or (loses and is_exact):
@@ -248,7 +257,7 @@ class Cap:
             if self.rate is None:
                 self._tokens, self._at, self._carries = 0.0, now, 0.0
             self.rate = max(LEAST_RATE, gain * rate)
-            self._limited_at = now
+            self._limited_at = self._held_at = now
             if stands:
                 self._stood_until = max(known[-1][0] for known in (self._seen, self._marks) if known)
         elif self.rate is not None and not loses:
@@ -257,7 +266,8 @@ class Cap:
             elif now - self._grown_at >= GROW_EVERY:
                 self._grown_at = now
                 growth = GROWTH if self._carries > LEAST_RATE else BLIND_GROWTH
-                grown = max(self.rate, MOST_GAIN * self._carries, growth * min(self.rate, rate))
+                base = self.rate if now - self._held_at > CALM_AFTER else min(self.rate, rate)
+                grown = max(self.rate, MOST_GAIN * self._carries, growth * base)
                 self.rate = 2 * self.rate if self._is_for_loss else grown
         if is_exact and self._seen[-1][0] <= self._stood_until:
             self._carries = self._known_rate() or 0.0
@@ -347,7 +357,9 @@ class Cap:
         elif queue > (1 + RESPONSE / 3) * length:  # it grows until our restraint arrives
             self._stood = (now, queue, max(rate, rate_then))
         elif now - since > RESPONDS_IN + 2 * length:
-            return self.rate != LEAST_RATE and rate > (1 - RESPONSE) * rate_then
+            if self.rate == LEAST_RATE:
+                return queue < (1 - LEAST_RESPONSE) * length
+            return rate > (1 - RESPONSE) * rate_then
         return True
 
     def _lost_half(self) -> bool:

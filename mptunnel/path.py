@@ -789,7 +789,7 @@ class ServerPath(Path):
 
 def _may_be_so_old(record: Record, age: float) -> bool:
     """Whether it may have arrived as long ago as the record says what was sent `age` seconds ago."""
-    return record.age_ms == NO_NEWS or record.age_ms / 1000 <= age + _TICK
+    return record.age_ms / 1000 <= age + _TICK
 
 
 class Candidate:

@@ -10,7 +10,7 @@ import pytest
 from mptunnel.cap import FREE_AFTER, FULL, LEAST_RATE, Cap, Delay, SendQueue
 from mptunnel.events import NoticeKind
 from mptunnel.scheduler import allot
-from tests.simnet import Simnet, Traffic, Wire
+from tests.simnet import TARGET, TUNNEL4, Simnet, Traffic, Wire, ipv4
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,6 +124,32 @@ def test_what_is_off_the_line_is_jitter_and_a_queue_that_grows_is_none() -> None
         shaky.count(5.0 + number % 2 * 0.03, number * 0.1)
     assert steady.jitter == pytest.approx(0.0, abs=1e-9)
     assert shaky.jitter == pytest.approx(0.06, rel=0.01)
+
+
+def test_a_path_that_is_throttled_to_little_more_than_the_least_rate_drains_all_the_same() -> None:
+    slow = Wire(delay=0.06, rate=9000.0, buffer=40_000.0)
+    net = Simnet(Wire(delay=0.02, rate=FAST), slow)
+    net.run(2.0)
+    begun = net.now
+    offered(net, 0.5, 80.0)
+    net.run(80.0)
+    for side in SIDES:
+        late = lateness(slow, side, begun + 60.0)
+        assert late[int(0.95 * len(late))] < 2.0, side  # of 4.4, and a datagram takes 0.14
+
+
+def test_a_path_that_has_faded_is_let_go_also_if_what_is_sent_comes_in_bursts() -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.06, rate=6e6, buffer=150e3))
+    net.run(2.0)
+    path, frame = net.client.paths[1], [ipv4(str(TUNNEL4[2]), TARGET, bytes(1372))] * 20
+    rates = []
+    for number in range(600):
+        net.wires[1].rate = 300e3 if 60 <= number < 180 else 6e6
+        net.client_sends(*frame)
+        net.run(0.035)
+        rates.append(path.cap.rate)
+    assert any(rates), "it was held"
+    assert not any(rates[-100:])
 
 
 @pytest.mark.parametrize("loss", [0.05, 0.2])
@@ -310,6 +336,15 @@ def held(queue: float = 0.4, rate: float = 100_000.0) -> Cap:
         given = number * 10
         cap.feedback(number * 0.05, given, int(given * rate / 200), given, queue, number * 0.05, is_worst=False)
     return cap
+
+
+def test_counts_that_wrap_go_on() -> None:
+    cap, wrap = Cap(), 1 << 32
+    for number in range(40):
+        given = wrap - 100 + number * 10
+        cap.feedback(number * 0.05, given, number * 5000, given % wrap, 0.4, number * 0.05, is_worst=False)
+    assert cap.delivered_rate() == pytest.approx(100_000, rel=0.01)
+    assert cap.rate is not None
 
 
 def arrivals(cap: Cap, times: Sequence[float], queue: float, rate: float = 100_000.0) -> list[bool]:
