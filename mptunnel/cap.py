@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 STANDS: Final = 0.030  # s above the floor, and what a full datagram takes: a queue
-DRAINED: Final = 0.015  # s above the floor, and what a full datagram takes: none
+DRAINED: Final = 0.010  # s above the floor, and what a full datagram takes: none
 DRAIN_TIME: Final = 0.3  # s: the length of queue that all of the rate is needed to drain
 LEAST_GAIN, MOST_GAIN, GROWTH = 0.1, 0.9, 1.05  # of the delivered rate: with a long queue, a short one, none
 BLIND_GROWTH: Final = 1.5  # while it is not known what was delivered
@@ -58,6 +58,7 @@ SAMPLES_SPAN: Final = 0.3  # s: the newest samples of delay
 SAMPLES, HELD_SAMPLES, JITTERY_SAMPLES = 3, 2, 5  # at the least; while the path is held; where there is jitter
 JITTER_WEIGHT: Final = 1 / 16  # of the newest sample
 MOST_JITTER: Final = 0.1  # s: what is more is an event
+JITTERY: Final = 0.025  # s: what is less does not matter
 SAMPLES_LEAST_SPAN: Final = 0.1  # s that they must be apart to say that something stands
 FLOOR_SPAN: Final = 30.0  # the floor is the least delay of this span and of the one before it
 QUEUE_TIME: Final = 0.050  # s of the delivered rate that may wait in the kernel
@@ -404,8 +405,11 @@ def review(
     The peer had received `delivered` datagrams (None: not known) `at` its time, of the (datagrams, bytes) `given`.
     """
     jitter = path.way_out.jitter
-    few, many = (SAMPLES, JITTERY_SAMPLES) if path.cap.rate is None else (HELD_SAMPLES, SAMPLES)
-    samples = many if jitter > DRAINED + path.cap.time_of_one() else few
+    samples, many = (SAMPLES, JITTERY_SAMPLES) if path.cap.rate is None else (HELD_SAMPLES, SAMPLES)
+    if jitter > max(JITTERY, 1.25 * path.cap.time_of_one()):
+        samples = many
+    else:
+        jitter = 0.0  # nothing that would be taken for a queue
     queue = path.way_out.queue(now, samples) - min((other.way_out.queue(now) for other in others), default=0.0)
     loss = path.loss_out.recent() or 0.0
     is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
