@@ -78,7 +78,7 @@ def test_two_seconds_of_queue_both_ways_are_seen_by_the_other_path() -> None:
         assert len(late) * (SIZE + 88) / (10 - settled) > 0.75 * SLOW, side
 
 
-@pytest.mark.parametrize("mbit", [8.0, 3.0])
+@pytest.mark.parametrize("mbit", [pytest.param(8.0, marks=pytest.mark.slow), 3.0])
 def test_a_very_slow_path_is_held_all_the_time(mbit: float) -> None:
     rate = 62_500.0
     slow = Wire(delay=0.06, rate=rate, buffer=rate)
@@ -105,7 +105,7 @@ def test_a_path_with_jitter_and_room_gets_everything() -> None:
     assert guest(net).paths[1].withheld == 0
 
 
-@pytest.mark.parametrize(("mbit", "jitter"), [(0.5, 0.08), (0.8, 0.08), (2.0, 0.06)])
+@pytest.mark.parametrize(("mbit", "jitter"), [(0.5, 0.08), (0.8, 0.08)])
 def test_jitter_is_no_queue_on_a_path_with_little_room_either(mbit: float, jitter: float) -> None:
     rate = 3e6 / 8
     net = Simnet(Wire(delay=0.02), Wire(delay=0.06, jitter=jitter, rate=rate, buffer=rate))
@@ -379,8 +379,7 @@ def test_what_other_paths_tell_is_nothing_beside_feedback_as_new_and_after_an_ou
     assert cap.rate is None, "nor is what counts less than before"
 
 
-@pytest.mark.parametrize("jitter", [0.0, 0.05])
-@pytest.mark.parametrize("longer", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize(("longer", "jitter"), [(0.1, 0.05), (0.3, 0.0), (0.5, 0.05)])
 def test_a_longer_route_is_a_new_floor_after_some_seconds(longer: float, jitter: float) -> None:
     net = Simnet(Wire(delay=0.02), Wire(delay=0.06, jitter=jitter), seed=3)
     net.run(2.0)
