@@ -347,9 +347,10 @@ def test_counts_that_wrap_go_on() -> None:
     assert cap.rate is not None
 
 
-def arrivals(cap: Cap, times: Sequence[float], queue: float, rate: float = 100_000.0) -> list[bool]:
-    """Let other paths tell what had arrived at these times, so many bytes a second; return what the cap says to it."""
-    return [cap.arrived(at, round(at * rate / 1000), round(at * rate), queue, at) for at in times]
+def arrivals(cap: Cap, times: Sequence[float], queue: float, rate: float = 100_000.0) -> None:
+    """Let other paths tell what had arrived at these times, so many bytes a second."""
+    for at in times:
+        cap.arrived(at, round(at * rate / 1000), round(at * rate), queue, at)
 
 
 def test_what_other_paths_tell_holds_a_path_whose_own_feedback_is_old() -> None:
