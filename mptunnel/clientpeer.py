@@ -265,7 +265,7 @@ class ClientPeer(Peer):
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts = self.receipts.successor()
-            self.told = Told((session.serial - 1, 0))  # what the old one said last may still come
+            self.told = Told((session.serial, -1))  # what the old one said last may still come
             if not is_compatible:
                 log.error(
                     "%s speaks version %d to %d of our control messages, we speak %d: one path only; "

@@ -7,6 +7,8 @@ missing on it too. What another path has delivered is known to be missing on thi
 delivered it is not known whether it was a packet or some path's control message, so there a silence is a gap only if
 packets were lost on every path between the marks around it.
 
+A silence from before a restart of the sender until after it is a gap, on every way: what it owed it could not bring.
+
 Silence of the application is no gap. A mark that says that nothing was sealed since the mark before it on the same
 path ends the silence of all that it came by, and of every path that has brought what there was; a path that owes a
 packet is silent until it brings another, or a mark of its own. While the tunnel is idle, so that marks are seconds
@@ -92,6 +94,10 @@ class Suspect:
         """Whether some of it was sealed before a mark."""
         return mark > ((self.older or self.session).serial, self.after)
 
+    def spans(self, serial: float) -> bool:
+        """Whether it began before the session `serial` and ended with it or a later one."""
+        return self.older is not None and self.older.serial < serial <= self.session.serial
+
     def concerns(self, session: Session) -> bool:
         """Whether its counters are of this session."""
         return session is self.session or session is self.older
@@ -108,13 +114,18 @@ class Suspect:
 class Gaps:
     """All silences of one direction, as its receiver sees them."""
 
-    __slots__ = ("_in_use", "_suspects", "is_idle", "ways")
+    __slots__ = ("_anew", "_in_use", "_suspects", "is_idle", "ways")
 
     def __init__(self) -> None:
         self.ways = [*(Way(1 << path) for path in range(MAX_PATHS)), Way(0)]
         self._suspects: list[Suspect] = []
         self._in_use = 0
+        self._anew: float = INF  # the first session since the sender has begun anew
         self.is_idle = True
+
+    def sender_restarted(self, serial: int) -> None:
+        """The session `serial` is the first one of another run of the sender."""
+        self._anew = serial
 
     def came(self, numbers: Iterable[int], session: Session, low: int, high: int, now: float) -> None:
         """Copies of IP packets, first or later ones, came by these ways, all within these counters."""
@@ -242,8 +253,9 @@ class Gaps:
     def _resolve(self, suspect: Suspect) -> None:
         way = suspect.way
         is_lacking, is_open = suspect.lacking()
-        if is_lacking or (is_open and suspect.has_loss):
-            way.note(suspect.length, is_bridged=is_lacking)
+        is_restart = suspect.spans(self._anew)
+        if is_restart or is_lacking or (is_open and suspect.has_loss):
+            way.note(suspect.length, is_bridged=is_lacking and not is_restart)
 
     def _use(self, in_use: int, session: Session, counter: int, since: float) -> None:
         """Other paths are in use now, the new ones since a mark under `counter`."""

@@ -6,7 +6,7 @@ of each step. A window is the difference between now and the beginning of its fi
 
 `Told` is the account of the other direction, as the other end tells it: the newest RECEIPT counts, by session and
 counter, so one that is lost or late costs nothing. Where counts of a path fall, that path is another one there, or
-has begun anew. Its gaps are since the start and of the last minute; whenever
+has begun anew. When the other end has been restarted, what it says is added to what was said before. Its gaps are since the start and of the last minute; whenever
 the latter is another than before, a gap has come to an end.
 """
 
@@ -87,12 +87,13 @@ class History:
 class Told:
     """What the other end says of what it receives. `account` has its counts, which do not go round here."""
 
-    __slots__ = ("_last", "_order", "_taken_at", "account", "history")
+    __slots__ = ("_before", "_last", "_order", "_taken_at", "account", "history")
 
     def __init__(self, order: Order = (-1, -1)) -> None:
         self._order = order  # session and counter of the newest
         self._last: Receipt | None = None
         self._taken_at = 0.0
+        self._before = Receipt()  # the account when the other end began anew
         self.account = Receipt()
         self.history = History()
 
@@ -101,8 +102,19 @@ class Told:
         """Whether it has said anything yet."""
         return self._last is not None
 
-    def take(self, receipt: Receipt, order: Order, now: float) -> bool:
-        """Take a RECEIPT; return whether it is newer than what was known."""
+    def teller_restarted(self, order: Order) -> None:
+        """The other end counts from 0 again; what comes before `order` is not of that run yet."""
+        self._order = max(order, self._order)
+        self._before = self.account
+        if self.is_known:
+            self._last = Receipt()
+
+    def take(self, receipt: Receipt, order: Order, now: float, sealed: int | None = None) -> bool:
+        """Take a RECEIPT; return whether it is newer than what was known.
+
+        `sealed`: so many packets may have been received over there; an account of more began before we did, and only
+        what is added to it is ours.
+        """
         if order <= self._order:
             return False
         self._order, self._taken_at = order, now
@@ -110,13 +122,15 @@ class Told:
         last, self._last = self._last, receipt
         if last is None:
             self.account = receipt
+            if sealed is not None and receipt.packets > sealed:
+                self.history.restart(receipt)
             return True
         for each in receipt.records:
             old = path_receipt(last, each.path)
             if _more(old.first, each.first) < 0 or _more(old.missed, each.missed) < 0:  # which else only grow
                 last = _without(last, each.path)
                 self.forget(each.path)
-        self.account = _continued(self.account, last, receipt)
+        self.account = _with_gaps_of(self._before, _continued(self.account, last, receipt))
         self._note_gap(MAX_PATHS, receipt.gap, receipt.recent, last.gap, last.recent)
         for each in receipt.records:
             old = path_receipt(last, each.path)
@@ -125,7 +139,7 @@ class Told:
 
     def forget(self, path: int) -> None:
         """Another path has got this number. While the other end does not know, its gaps are still those of both."""
-        self.account = _without(self.account, path)
+        self.account, self._before = _without(self.account, path), _without(self._before, path)
         self.history.forget(path)
 
     def begin_afresh(self) -> None:
@@ -271,6 +285,12 @@ def _continued(account: Receipt, last: Receipt, new: Receipt) -> Receipt:
         account.packets + more.packets, account.received + more.received, account.lost + more.lost,
         account.saved + more.saved, new.gap, new.recent, new.paths, tuple(records.values()),
     )  # fmt: skip
+
+
+def _with_gaps_of(before: Receipt, account: Receipt) -> Receipt:
+    """Return an account whose gaps are at least as long as those of an earlier one."""
+    records = tuple(replace(each, gap=max(each.gap, path_receipt(before, each.path).gap)) for each in account.records)
+    return replace(account, gap=max(account.gap, before.gap), records=records)
 
 
 def _without(receipt: Receipt, path: int) -> Receipt:

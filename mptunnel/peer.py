@@ -802,7 +802,8 @@ class Peer:
 
     def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
         """Take a RECEIPT; return whether it is the newest."""
-        return self.told.take(messages.decode_receipt_untrusted(memoryview(plain)), (session.serial, counter), now)
+        receipt = messages.decode_receipt_untrusted(memoryview(plain))
+        return self.told.take(receipt, (session.serial, counter), now, self.packets_sent)
 
     def _forget_receipts(self, path: int) -> None:
         """Another path has got this number: what was counted by it is none of its business."""

@@ -52,7 +52,7 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "_used",
+        "_anew", "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "_used",
         "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
@@ -62,6 +62,7 @@ class Receipts:
         self._newest = (-1, -1)  # session and counter of the last mark
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
+        self._anew: float = INF  # the serial of the first session in which the sender counts from 0 again
         self._said_by: dict[int | None, int] = {}  # the sender's count at the last mark of each path
         self._in_use = 0
         self._said: tuple[int, ...] = ()  # the counts of the last RECEIPT
@@ -133,9 +134,10 @@ class Receipts:
         while self._marks and (self._marks[0].due <= now or _is_crowded(self._marks[0].session)):
             due, session, counter, packets, used_then = self._marks.popleft()
             used, self._used = in_use & used_then & self._used, used_then
-            for older in self._sessions.values():
-                if older.serial < session.serial:  # whose last data was sealed before this mark too
-                    self._settle_window(older, older.window.top, used)
+            if session.serial >= self._anew:
+                self._settle_before(self._anew, used)
+                self.packets, self._count, self._anew = self.received + self.lost, 0, INF
+            self._settle_before(session.serial, used)  # whose last data was sealed before this mark too
             self._settle_window(session, counter, used)
             if self._count is None:
                 self.packets = self.received  # our account begins here
@@ -205,6 +207,17 @@ class Receipts:
         self.gaps.forget(path)
         self.history.forget(path)
 
+    def sender_restarted(self, serial: int) -> None:
+        """With the session `serial` the sender counts from 0 again; the account goes on.
+
+        What it had sealed before and did not get here is not known to anybody. It had been expected, so the silence is
+        a gap.
+        """
+        self._anew = serial
+        self._said_by.clear()
+        self._said = ()  # who is told of the account now has heard nothing of it yet
+        self.gaps.sender_restarted(serial)
+
     def successor(self) -> Receipts:
         """Return a new account: the sender counts from 0 again. What has come in so far belongs to the old one."""
         for session in self._sessions.values():
@@ -237,6 +250,12 @@ class Receipts:
             if gap:
                 self.history.gap(number, gap)
                 way.fresh = 0.0
+
+    def _settle_before(self, serial: float, in_use: int) -> None:
+        """Account for all that has come in under the sessions before `serial`."""
+        for older in self._sessions.values():
+            if older.serial < serial:
+                self._settle_window(older, older.window.top, in_use)
 
     def _settle_window(self, session: Session, last: int, in_use: int) -> None:
         window = session.window

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, Final
 from mptunnel import messages, standby
 from mptunnel.cap import review
 from mptunnel.events import Notice, NoticeKind
-from mptunnel.history import Told
 from mptunnel.messages import (
     MAX_PATHS,
     PROTOCOL_VERSION,
@@ -451,8 +450,9 @@ class ServerPeer(Peer):
         self.is_stock = self._was_taken_for_stock = False
         if self.server_instance != hello.instance:
             if self.server_instance is not None:
-                self.receipts = self.receipts.successor()
-                self.told = Told((session.serial - 1, 0))
+                self.receipts.sender_restarted(session.serial)
+                self.told.teller_restarted((session.serial, -1))
+                self.timers.at_the_latest(Timer.RECEIPT, now)  # so that it knows what there was before it
                 for path in self._open_paths():
                     path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
             self.server_instance = hello.instance

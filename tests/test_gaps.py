@@ -406,15 +406,11 @@ def test_the_last_minute_is_told_as_well() -> None:
             assert [path["minute"]["missed"] for path in got["paths"]] == [0, 0]
 
 
-@pytest.mark.parametrize("who", ["server", "client"])
-def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> None:
+def test_a_client_that_starts_again_begins_a_new_account_of_both_directions() -> None:
     net, count = started(0.02, 0.06)
     speak_through(net, count, 5.0, loss=0.3)
     net.run(9.0)
-    if who == "server":
-        net.restart_server()
-    else:
-        net.restart_client()
+    net.restart_client()
     net.run(3.0)
     speak(net, 4.0)
     net.run(9.0)
@@ -423,6 +419,58 @@ def test_who_starts_again_begins_a_new_account_of_both_directions(who: str) -> N
             got = said(net, side, at)
             assert 380 <= got["packets"] <= 400, f"{at} {side}"
             assert got["lost"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_server_that_starts_again_begins_a_new_account_and_the_client_goes_on_with_its_own(seed: int) -> None:
+    net, count = started(0.02, 0.06, seed=seed)
+    speak_through(net, count, 5.0, loss=0.3)
+    net.run(9.0)
+    before = {side: said(net, side, "client") for side in SIDES}
+    assert all(each["packets"] == 500 for each in before.values())
+    net.restart_server()
+    net.run(3.0)
+    speak_through(net, count, 4.0, loss=0.3)
+    net.run(9.0)
+    for side in SIDES:
+        got, news, own = said(net, side, "client"), said(net, side, "server"), count.account(side)
+        assert 380 <= news["packets"] <= 400, side
+        assert got["packets"] == before[side]["packets"] + news["packets"]
+        for name in ("received", "lost", "saved"):
+            assert got[name] == before[side][name] + news[name], f"{side} {name}"
+        assert got["lost"] == own["lost"] > 0
+        assert got["longest_gap_ms"] == max(before[side]["longest_gap_ms"], news["longest_gap_ms"])
+        assert got["minute"]["packets"] == got["packets"]
+        for path in (0, 1):
+            assert got["paths"][path]["missed"] == before[side]["paths"][path]["missed"] + news["paths"][path]["missed"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_restart_of_the_server_in_mid_traffic_is_a_gap_on_the_way_down(seed: int) -> None:
+    net, count = started(0.02, 0.06, seed=seed)
+    net.after(2.0, net.restart_server)
+    speak(net, 8.0)
+    net.run(9.0)
+    got = said(net, "down", "client")
+    arrivals = sorted({key: at for at, _, key in reversed(count.came["down"])}.values())
+    dark = max((after - before) * 1e3 for before, after in pairwise(arrivals))
+    assert dark > 500
+    assert abs(got["longest_gap_ms"] - dark) < 1
+    assert [path["longest_gap_ms"] >= dark - 1 for path in got["paths"]] == [True, True]
+    assert got["outages_bridged"] == 0, "there was no other path"
+    assert got["lost"] == 0 and got["received"] == got["packets"] == len(arrivals)
+
+
+def test_a_server_that_starts_again_while_nobody_speaks_leaves_no_gap() -> None:
+    net, _ = started(0.02, 0.06)
+    speak(net, 4.0)
+    net.after(1.0, net.restart_server)
+    net.run(8.0)
+    speak(net, 4.0)
+    net.run(9.0)
+    for at in ("client", "server"):
+        for side in SIDES:
+            assert said(net, side, at)["longest_gap_ms"] == 0
 
 
 def test_a_path_that_joins_in_mid_traffic_owes_nothing_that_was_sealed_before() -> None:
