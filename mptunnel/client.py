@@ -229,7 +229,7 @@ class Client(Role):
         if path is None:
             return
         if path.closed(now) or number not in self._reopen_at:
-            log.warning("path %s: %s; trying again every %.0f s", path.name, why, REOPEN_AFTER)
+            log.warning("path %s: %s; trying again every %.0f s", path.title, why, REOPEN_AFTER)
             self._peer.tell_path(path, now, why=why)
         path.errors[why] = path.errors.get(why, 0) + 1
         self._reopen_at[number] = now + REOPEN_AFTER
@@ -395,7 +395,7 @@ class Client(Role):
             log.warning("%s", self._uplinks.advice(uplink, self._links))
         else:
             why = f"{link.name} {'has no address that reaches the server' if link.up else 'is down'}"
-            log.info("path %s waits: %s", path.name, why)
+            log.info("path %s waits: %s", path.title, why)
         self._peer.tell_path(path, now, why=why)
 
     def _open_path(self, path: ClientPath, way: Way, now: float) -> None:
@@ -441,7 +441,7 @@ class Client(Role):
             self._peer.close(CloseReason.INTERFACE_GONE, now, self.out, path)
         if path.closed(now):
             why = f"{path.interface} is gone, down, has no address or is not wanted"
-            log.info("path %s %s: %s", path.name, what, why)
+            log.info("path %s %s: %s", path.title, what, why)
             self._peer.tell_path(path, now, why=why)
         self._events.append(ClosePath(path.id))
         if self._upkeep is not None:

@@ -187,6 +187,9 @@ class ClientPeer(Peer):
             return self.told.account.paths  # it knows its paths, also those that cannot be heard of
         return sum(1 << path.id for path in self._bound.values() if path.use is Use.DATA)
 
+    def _paths_standing_by(self) -> int:
+        return sum(1 << path.id for path in self._bound.values() if path.use is not Use.DATA)
+
     def _receipt_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
         fresh = [path for path in self._bound.values() if path.update(now) is PathState.FRESH]
         data = [path for path in fresh if path.use is Use.DATA]
@@ -324,6 +327,7 @@ class ClientPeer(Peer):
         if path.fed_back is not None:
             self._review(path, probe.sent_us, path.fed_back, probe.rx, now)
         self._tell_up(path, now)
+        self._tell_slow(path, now)
         if path.may_answer(now):
             self._send_echo(path, probe, now, now, size if probe.is_sized else 0, out)
         if not path.carries_down:  # then it shall hear by the others that this one carries upwards
@@ -470,9 +474,18 @@ class ClientPeer(Peer):
         log.info("%s path %d at %s", self.name, path.id, path.endpoint)
         self.news.append(self.notice(NOTICES[path.state], now, str(path.id), endpoint=str(path.endpoint)))
 
+    def _tell_slow(self, path: ServerPath, now: float) -> None:
+        """Whether copies to `path` yield has perhaps changed."""
+        if not path.is_told_up or path.yields(now) == path.is_told_slow:
+            return
+        path.is_told_slow = not path.is_told_slow
+        kind, word = (NoticeKind.PATH_SLOW, "slow") if path.is_told_slow else (NoticeKind.PATH_UP, "slow no more")
+        log.info("%s path %d %s", self.name, path.id, word)
+        self.news.append(self.notice(kind, now, str(path.id), endpoint=str(path.endpoint)))
+
     def _tell_down(self, path: ServerPath, why: str, now: float) -> None:
         if path.is_told_up:
-            path.is_told_up = False
+            path.is_told_up = path.is_told_slow = False
             log.info("%s path %d %s", self.name, path.id, why)
             self.news.append(self.notice(NoticeKind.PATH_DOWN, now, str(path.id), why=why))
             if not any(other.is_told_up for other in self.paths.values()):
@@ -509,15 +522,15 @@ class ClientPeer(Peer):
         }
 
     def _path_status(self, path: ServerPath, now: float) -> dict[str, Any]:
-        first = sum(self.receipts.first)
+        alone = self.receipts.path_status(path.id, now)
         return {
             **path.status(),
+            "state": PathState.SLOW.value if path.is_told_slow else path.state.value,
+            "mtu": path.mtu,
             "endpoint": None if path.endpoint is None else str(path.endpoint),
             "since": round(now - path.since, 1),
-            "first": self.receipts.first[path.id],
-            "first_share": self.receipts.first[path.id] / first if first else None,
-            "missed": self.receipts.missed[path.id],
-            "alone": {"up": self.receipts.path_status(path.id, now), "down": self.told.path_status(path.id, now)},
+            **{name: alone[name] for name in ("first", "first_share", "missed")},
+            "alone": {"up": alone, "down": self.told.path_status(path.id, now)},
         }
 
 

@@ -47,6 +47,7 @@ class Way:
 
     __slots__ = (
         "at", "bit", "bridged", "bridged_time", "fresh", "held", "high", "longest", "owes", "patience", "session",
+        "stands_by",
     )  # fmt: skip
 
     def __init__(self, bit: int) -> None:
@@ -61,6 +62,7 @@ class Way:
         self.fresh = 0.0  # longest since it was taken out last
         self.bridged = 0
         self.bridged_time = 0.0
+        self.stands_by = False  # so its silences are no outages
 
     def begin(self, session: Session, counter: int, now: float) -> None:
         """From now on something is due; what was sealed up to `counter` is none of its business any more."""
@@ -70,7 +72,7 @@ class Way:
         """There was a gap."""
         self.longest = max(self.longest, length)
         self.fresh = max(self.fresh, length)
-        if is_bridged and length > OUTAGE:
+        if is_bridged and length > OUTAGE and not self.stands_by:
             self.bridged += 1
             self.bridged_time += length
 
@@ -126,6 +128,11 @@ class Gaps:
     def sender_restarted(self, serial: int) -> None:
         """The session `serial` is the first one of another run of the sender."""
         self._anew = serial
+
+    def stand_by(self, standing: int) -> None:
+        """These paths stand by, by bit; they alone would have been silent."""
+        for way in self.ways[:MAX_PATHS]:
+            way.stands_by = way.bit & standing != 0
 
     def came(self, numbers: Iterable[int], session: Session, low: int, high: int, now: float) -> None:
         """Copies of IP packets, first or later ones, came by these ways, all within these counters."""

@@ -6,8 +6,8 @@ of each step. A window is the difference between now and the beginning of its fi
 
 `Told` is the account of the other direction, as the other end tells it: the newest RECEIPT counts, by session and
 counter, so one that is lost or late costs nothing. Where counts of a path fall, that path is another one there, or
-has begun anew. When the other end has been restarted, what it says is added to what was said before. Its gaps are since the start and of the last minute; whenever
-the latter is another than before, a gap has come to an end.
+has begun anew. When the other end has been restarted, what it says is added to what was said before. Its gaps are
+since the start and of the last minute; whenever the latter is another than before, a gap has come to an end.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class TunnelMtu:
             path.proof_tries += 1
             if path.proof_tries <= FALL_TRIES:
                 return path.carries
-            log.info("path %s does not carry packets of %d bytes any more", path.name, path.carries)
+            log.info("path %s does not carry packets of %d bytes any more", path.title, path.carries)
             path.carries = path.proof_tries = 0
             if self.value > MIN_MTU:
                 self._adopt(MIN_MTU, now)

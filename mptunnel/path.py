@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.cap import Cap, Delay, SendQueue
 from mptunnel.events import NoticeKind
-from mptunnel.messages import NO_NEWS, Probe, Record, Use, seconds_between
+from mptunnel.messages import NO_NEWS, OVERHEAD, Probe, Record, Use, seconds_between
+from mptunnel.packet import MIN_MTU
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,7 @@ COPIES_WHILE_SILENT: Final = 30.0
 DOUBT_AFTER: Final = 0.5  # s without the answer to a probe: standby paths step in
 DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
+FOLLOW_UP: Final = 1.0  # s after which an unanswered probe is followed up, until it is clear that the path is down
 HALF_LIVES_FOR: Final = 1.5  # s in which one direction that lives is shown to do so: unasked ECHOs take 1 s to begin
 MAX_PENDING: Final = 1024  # 5 s of probes at the fastest, those of a gap alarm
 FRESH_FOR: Final = 3.0
@@ -51,6 +53,10 @@ MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for fo
 IDLE_SLACK: Final = 5.0
 IDLE_BYTES: Final = 16 * 1024
 YIELDS_FOR: Final = 1.0  # s after the last copy that was withheld: the path is called slow
+GIVEN_SPAN: Final = 0.5  # s, packets: over what it is judged whether the server withholds copies
+GIVEN_PACKETS: Final = 20
+GIVEN_WITHIN: Final = 1.5
+GIVEN_SHARE: Final = 0.9
 LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
 UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
@@ -190,7 +196,7 @@ class Path:
         self.tx_bytes = self.rx_bytes = 0
         self.rx_size = 0  # longest UDP payload received in this incarnation
         self.rtt: float | None = None
-        self.jitter = 0.0
+        self.jitter: float | None = None  # mean deviation of `rtt`
         self.loss_up = LossMeter()
         self.loss_down = LossMeter()
         self.errors: dict[str, int] = {}
@@ -247,7 +253,7 @@ class Path:
             "id": self.id,
             "state": self.state.value,
             "rtt_ms": None if self.rtt is None else round(self.rtt * 1e3, 3),
-            "jitter_ms": None if self.rtt is None else round(self.jitter * 1e3, 3),
+            "jitter_ms": None if self.jitter is None else round(self.jitter * 1e3, 3),
             "loss_up": self.loss_up.recent(),
             "loss_down": self.loss_down.recent(),
             "lost_up": self.loss_up.lost,
@@ -273,8 +279,8 @@ class ClientPath(Path):
     """A path as its owner sees it: an interface, a socket, probes on their way."""
 
     __slots__ = (
-        "_answered", "_bytes_since_probe", "_pending", "_reached", "_sampled", "_seq", "_was_challenged", "address",
-        "carries", "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name",
+        "_answered", "_bytes_since_probe", "_given", "_pending", "_reached", "_sampled", "_seq", "_was_challenged",
+        "address", "carries", "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name",
         "padded_at", "port", "probe_at", "proof_tries", "proven_at", "queue", "reached_at", "seen_as", "silent_since",
         "told_use", "unanswered", "use", "waiting", "was_padded", "way_down",
     )  # fmt: skip
@@ -303,6 +309,7 @@ class ClientPath(Path):
         # By seq: when, our `tx`, its bytes, padded size, when by the clock that the probe tells.
         self._pending: dict[int, tuple[float, int, int, int, int]] = {}
         self._answered = (0, 0)  # seq and ECHO number of the newest probe that was answered
+        self._given = (-_INF, 0, 0)  # when the server said last what it had given to this path, and of how many packets
         self._was_challenged = False  # and has not been answered since
         self._bytes_since_probe = 0
         self.was_padded = False  # the last probe
@@ -328,7 +335,7 @@ class ClientPath(Path):
         self.is_open = True
         self.carries = self.proof_tries = 0
         self.min_rtt = _INF
-        self.rtt = None
+        self.rtt = self.jitter = None
         self.way_out, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
         self.room = None
         self._restart_counts(now)
@@ -370,9 +377,21 @@ class ClientPath(Path):
         return {**super().status(), "label": self.label or None, "use": self.use.name.lower()}
 
     @property
+    def title(self) -> str:
+        """What it is called in the log and in events."""
+        return self.label or self.name
+
+    @property
     def is_up(self) -> bool:
         """Whether it works both ways, slow or not."""
         return self.state is PathState.UP or self.state is PathState.SLOW
+
+    @property
+    def due_at(self) -> float:
+        """When it is to be probed: in idleness too an unanswered probe is followed up until the path is down."""
+        if not self.unanswered or self.state is PathState.DOWN or self.probe_at == _INF:
+            return self.probe_at
+        return min(self.probe_at, self.last_probe_at + max(FOLLOW_UP, 2 * (self.rtt or 0.0)))
 
     def works(self, now: float) -> bool:
         """Whether it answers: what was asked last, or not long before, has come back."""
@@ -481,7 +500,7 @@ class ClientPath(Path):
         """
         if self.rtt is None:
             return _INF
-        overdue = now - self.silent_since - self.rtt - 4 * self.jitter
+        overdue = now - self.silent_since - self.rtt - 4 * (self.jitter or 0.0)
         return self.min_rtt / 2 + self.way_out.queue(now) + max(0.0, overdue)
 
     def measured(self, seq: int, up: float, down: float, now: float) -> None:
@@ -514,7 +533,7 @@ class ClientPath(Path):
             return None
         sent_at, our_tx, _, padded, _ = pending
         rtt = max(0.0, now - sent_at - held)
-        if self.rtt is None:
+        if self.rtt is None or self.jitter is None:
             self.rtt, self.jitter = rtt, rtt / 2
         else:  # RFC 6298, 2.3
             self.jitter += (abs(self.rtt - rtt) - self.jitter) / 4
@@ -539,6 +558,21 @@ class ClientPath(Path):
             self.cap.restart()
         self.loss_down.count(tx, self.rx, now)
         return padded
+
+    def told_given(self, tx: int, packets: int, now: float) -> None:
+        """The server has given `tx` datagrams to this path so far, and has sealed `packets` IP packets.
+
+        If it gives fewer than it seals, copies to this path yield. Both are modulo 2^32. What was said long ago is no
+        measure: while a path is silent it is given nothing.
+        """
+        said_at, tx_then, packets_then = self._given
+        given, sealed = (tx - tx_then) % _MOD32, (packets - packets_then) % _MOD32
+        if now - said_at > GIVEN_WITHIN:
+            self._given = (now, tx, packets)
+        elif now - said_at > GIVEN_SPAN and sealed < _MOD32 // 2:
+            self._given = (now, tx, packets)
+            if self.use is Use.DATA and sealed >= GIVEN_PACKETS and given < GIVEN_SHARE * sealed:
+                self._withheld_at = now
 
     def answered(self, now: float) -> bool:
         """The path works both ways; return whether that is news."""
@@ -570,7 +604,7 @@ class ClientPath(Path):
     def fell_silent(self, now: float) -> bool:
         """Whether the path must be called down now; true once."""
         patience = max(DOWN_AFTER, 4 * (self.rtt or 0.0))
-        if self.state is PathState.WAITING or self.unanswered < DOWN_PROBES or now - self.silent_since < patience:
+        if self.state is PathState.WAITING or self.unanswered <= DOWN_PROBES or now - self.silent_since < patience:
             return False
         return self._enter(PathState.DOWN, now)
 
@@ -580,7 +614,8 @@ class ServerPath(Path):
 
     __slots__ = (
         "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
-        "candidate", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_up", "number",
+        "candidate", "carried_down", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_slow",
+        "is_told_up", "number",
         "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
 
@@ -589,7 +624,8 @@ class ServerPath(Path):
         self.state = PathState.CANDIDATE
         self.endpoint: Any = None
         self.candidate: Candidate | None = None
-        self.is_told_up = False  # by a notice
+        self.is_told_up = self.is_told_slow = False  # by a notice
+        self.carried_down = 0  # longest UDP payload that the client has received here in this incarnation
         self._order = (-1, -1)  # session and counter of the newest probe
         self._heard = -_INF
         self.refreshed_at = -_INF
@@ -688,6 +724,7 @@ class ServerPath(Path):
         self.seq = probe.seq
         self.interval = probe.interval_ms / 1000
         self.use = probe.use
+        self.carried_down = probe.rx_size
         self.rtt = min(probe.rtt_us / 1e6, MAX_RTT) or None
         self._heard = now
         self.refresh(now)
@@ -753,6 +790,12 @@ class ServerPath(Path):
     def carries_down(self) -> bool:
         """Whether the client has shown by its last probes here that it hears us here."""
         return self._unheard < DOWN_PROBES
+
+    @property
+    def mtu(self) -> int | None:
+        """The largest inner packet that has been seen to pass both ways; None while no full-size probe has."""
+        size = min(self.rx_size, self.carried_down) - OVERHEAD
+        return size if size >= MIN_MTU else None
 
     def record(self, now: float) -> Record:
         """What the ECHOs on the other paths say of this one."""

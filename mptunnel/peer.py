@@ -766,7 +766,7 @@ class Peer:
             case Timer.ZERO_KEYS:
                 self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
-                self._settle_at(self.receipts.settle(self._paths_in_use(), now))
+                self._settle_at(self.receipts.settle(self._paths_in_use(), now, self._paths_standing_by()))
                 if self.is_multipath:
                     self.timers.at_the_latest(Timer.RECEIPT, self.receipts.due(now))
             case Timer.RECEIPT:
@@ -864,6 +864,10 @@ class Peer:
 
     def _paths_in_use(self) -> int:
         """A bit for each path that copies are expected on."""
+        return 0
+
+    def _paths_standing_by(self) -> int:
+        """A bit for each path that is there and is given no copies, as the user or a limit wants it."""
         return 0
 
     def _learn_endpoint(self, source: Any) -> None:

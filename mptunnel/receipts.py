@@ -52,8 +52,8 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_anew", "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions", "_used",
-        "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
+        "_anew", "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions",
+        "_standing", "_used", "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -65,6 +65,7 @@ class Receipts:
         self._anew: float = INF  # the serial of the first session in which the sender counts from 0 again
         self._said_by: dict[int | None, int] = {}  # the sender's count at the last mark of each path
         self._in_use = 0
+        self._standing = 0  # a bit for each path that stands by
         self._said: tuple[int, ...] = ()  # the counts of the last RECEIPT
         self._said_at = -INF
         self._repeats = 0
@@ -124,12 +125,15 @@ class Receipts:
             return INF
         return now if _is_crowded(self._marks[0].session) else self._marks[0].due
 
-    def settle(self, in_use: int, now: float) -> float:
-        """Account for all marks that are old enough; `in_use` has a bit for each path. Return when to come again.
+    def settle(self, in_use: int, now: float, standing: int = 0) -> float:
+        """Account for all marks that are old enough. Return when to come again.
 
-        A path is held to account for what was sealed between two marks at which it was in use.
+        `in_use` has a bit for each path that gets copies: it is held to account for what was sealed between two marks
+        at which it did. `standing` has one for each path that stands by: it alone would have brought nothing, but no
+        copy of its was lost.
         """
-        self._in_use = in_use
+        self._in_use, self._standing = in_use, standing & ~in_use
+        self.gaps.stand_by(self._standing)
         self.history.step(self.account, now)
         while self._marks and (self._marks[0].due <= now or _is_crowded(self._marks[0].session)):
             due, session, counter, packets, used_then = self._marks.popleft()
@@ -145,7 +149,8 @@ class Receipts:
                 self.packets += (packets - self._count) % (1 << 32)
             self._count = packets
             lost = max(0, self.packets - self.received)
-            self.gaps.settled(session, counter, used, due - SETTLE_AFTER, has_loss=lost > self.lost)
+            awaited = used | self._standing
+            self.gaps.settled(session, counter, awaited, due - SETTLE_AFTER, has_loss=lost > self.lost)
             self.lost = lost
         self._note_gaps(now)
         return self._marks[0].due if self._marks else INF
@@ -272,11 +277,12 @@ class Receipts:
         lacking_any = 0
         for path in range(MAX_PATHS):
             self.first[path] += who.count(FIRST_PATH + path)
-            if in_use >> path & 1:
+            if (in_use | self._standing) >> path & 1:
                 bits = int.from_bytes(bytes((1 << path,)) * count, "little")
                 lacking = data & bits & ~delivered
                 self.missed[path] += lacking.bit_count()
-                lacking_any |= lacking >> path
+                if in_use >> path & 1:
+                    lacking_any |= lacking >> path
         self.saved += lacking_any.bit_count()
 
 

@@ -234,7 +234,7 @@ def _peer_lines(peer: Object) -> list[str]:
         return [f"  {peer.get('name')}: {state}, {addresses}"]
     kind = "" if peer.get("multipath") else ", one path"
     return [
-        f"  {peer.get('name')}: {state}{kind}, {addresses}{_session(peer.get('session_age'))}",
+        f"  {peer.get('name')}: {state}{kind}, {addresses}{_mtu(peer)}{_session(peer.get('session_age'))}",
         *([f"    {receipts_line(peer.get('receipts'))}"] if peer.get("multipath") else []),
         *(_lately(peer.get("receipts"), "    ") if peer.get("multipath") else []),
         *_path_lines(peer.get("paths", []), "    "),
@@ -249,6 +249,11 @@ def _server_name(server: Object) -> str:
 def _state(status: Object) -> str:
     """Return the state, and how long the program has run."""
     return f"{status.get('state')}, running for {duration(status.get('uptime', 0.0))}"
+
+
+def _mtu(peer: Object) -> str:
+    """Return `, MTU 1420` where it is known."""
+    return f", MTU {peer['mtu']}" if peer.get("mtu") else ""
 
 
 def _session(age: float | None) -> str:

@@ -50,7 +50,7 @@ from mptunnel.messages import (
 )
 from mptunnel.mtu import PROVE_AGAIN, TunnelMtu, refused
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import NOTICES, PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.path import FOLLOW_UP, NOTICES, PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant, allot
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
@@ -80,7 +80,6 @@ MAX_HELLOS: Final = 20
 MAX_ENROLS: Final = 3  # unanswered under one session: the server may have been restarted, and know it no longer
 DEAF_AFTER: Final = 0.75
 ANSWERED_SPACING: Final = 1.0
-FOLLOW_UP: Final = 1.0  # an unanswered idle probe is repeated after this
 RENEW_BEFORE: Final = 10.0  # idle, new keys are made so long before the old ones end
 RENEW_AFTER: Final = 60.0  # and not before they are so old: an unanswered probe is no reason
 
@@ -284,19 +283,22 @@ class ServerPeer(Peer):
         ids = sorted(path.id for path in self._open_paths())
         used, self._single = self._single, next((n for n in ids if n > self._single), ids[0] if ids else -1)
         if self.is_stock and self._single != used and used in ids and self.paths[used].given_up(now):
-            log.info("path %s silent: trying %s", self.paths[used].name, self.paths[self._single].name)
+            log.info("path %s silent: trying %s", self.paths[used].title, self.paths[self._single].title)
             self.tell_path(self.paths[used], now, why="silent, another one is tried")
 
     def _lives(self, path: ClientPath | None, now: float) -> None:
         """Something authentic came by a path from a stock server, which answers no probe."""
         if path is not None and path.is_open and path.answered(now):
-            log.info("path %s up: it alone is used, the server is a stock one", path.name)
+            log.info("path %s up: it alone is used, the server is a stock one", path.title)
             self.tell_path(path, now)
 
     def _paths_in_use(self) -> int:
         if not self.is_multipath:
             return 0
         return sum(1 << path.id for path in self.paths.values() if path.use is Use.DATA)
+
+    def _paths_standing_by(self) -> int:
+        return sum(1 << path.id for path in self.paths.values() if path.use is not Use.DATA)
 
     def _receipt_ways(self, now: float) -> list[tuple[ClientPath, Any]]:
         return [(path, path.id) for path in self._carriers(now)]
@@ -550,6 +552,7 @@ class ServerPeer(Peer):
         up, down = seconds_between(echo.probe_us, arrived_us), seconds_between(echo.sent_us, self._now_us(now))
         path.measured(echo.seq, up, down, now)
         self._review(path, arrived_us, probed, echo.rx, now)
+        path.told_given(echo.tx, echo.packets, now)
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
@@ -557,11 +560,11 @@ class ServerPeer(Peer):
             self._hello_is_answered = self._has_address = True
             self._stop_hello()
         if path.answered(now) and path.state is PathState.SLOW:
-            log.info("path %s slow: what it cannot carry in time goes by the others only", path.name)
+            log.info("path %s slow: what it cannot carry in time goes by the others only", path.title)
             self.tell_path(path, now, rtt_ms=round((path.rtt or 0) * 1e3, 3))
         elif path.state is not before:
             log.info(
-                "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.name, (path.rtt or 0) * 1e3, *path.seen_as
+                "path %s up: rtt %.1f ms, seen by the server as %s:%d", path.title, (path.rtt or 0) * 1e3, *path.seen_as
             )
             self.tell_path(path, now, rtt_ms=round((path.rtt or 0) * 1e3, 3))
             path.probe_at = min(path.probe_at, now)  # what size does it carry?
@@ -573,7 +576,7 @@ class ServerPeer(Peer):
         """Judge how much the path may be given, by new feedback (see `cap`)."""
         others = [other for other in self._open_paths() if other is not path and other.is_up]
         if why := review(path, others, at_us / 1e6, given, delivered, now):
-            log.debug("path %s held: %s", path.name, why)
+            log.debug("path %s held: %s", path.title, why)
 
     def _closed(self, session: Session, close: Close, now: float, out: list[Transmit]) -> None:
         if close.path != WHOLE_SESSION or self._is_closed or session is not self.current:
@@ -597,8 +600,7 @@ class ServerPeer(Peer):
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         use = standby.use_now(path, self.paths.values(), now)
         in_use = self.in_use(now) and use is Use.DATA
-        follows_up = not in_use and path.state is not PathState.DOWN and path.unanswered > 0
-        interval = self._probe_interval if in_use else FOLLOW_UP if follows_up else self._idle_probe
+        interval = self._probe_interval if in_use else self._idle_probe
         is_data_recent = path.proof_tries or now - self.data_at < PROVE_AGAIN  # else nobody sends there: it would cost
         is_shown_again = self.in_use(now) and path.use is Use.DATA and bool(is_data_recent)
         padded = self._mtu.size_to_prove(path, self.mtu, now, is_shown_again=is_shown_again)
@@ -617,8 +619,8 @@ class ServerPeer(Peer):
             due = min(due, self._alarm.due_at(self.heard_at))
         if self.speaks:
             for path in self.paths.values():
-                if path.is_open and path.probe_at < due:
-                    due = path.probe_at
+                if path.is_open and (due_at := path.due_at) < due:
+                    due = due_at
         return due
 
     def handle_timeout(self, now: float, out: list[Transmit]) -> None:
@@ -637,7 +639,7 @@ class ServerPeer(Peer):
             self._renew(now, out)
         standby.call(self.paths.values(), now)
         for path in self._open_paths():
-            if path.probe_at <= now:
+            if path.due_at <= now:
                 self._probe(path, now, out)
                 if path.fell_silent(now):
                     self._log_silence(path, now)
@@ -646,7 +648,7 @@ class ServerPeer(Peer):
 
     def _probe_in_vain(self, now: float, out: list[Transmit]) -> None:
         """A probe may be due, but there are no keys: they come first, then every path is probed."""
-        is_due = any(path.is_open and path.probe_at <= now for path in self.paths.values())
+        is_due = any(path.is_open and path.due_at <= now for path in self.paths.values())
         if is_due or (self.current is not None and not self.rests(now)):
             for path in self.paths.values():
                 path.probe_at = INF
@@ -654,19 +656,19 @@ class ServerPeer(Peer):
 
     def _renew(self, now: float, out: list[Transmit]) -> None:
         """New keys instead of the probes that are due: with them every path is probed, or without after a while."""
-        if any(path.probe_at <= now for path in self._open_paths()):
+        if any(path.due_at <= now for path in self._open_paths()):
             self._want_handshake(now, out)
             for path in self._open_paths():
                 path.probe_at = now + FOLLOW_UP
 
     def _log_silence(self, path: ClientPath, now: float) -> None:
         heard = "never heard" if path.heard_at == -INF else f"last heard {now - path.heard_at:.1f} s ago"
-        log.info("path %s down: %d probes unanswered, %s", path.name, path.unanswered - 1, heard)
+        log.info("path %s down: %d probes unanswered, %s", path.title, path.unanswered - 1, heard)
         self.tell_path(path, now, why=f"{path.unanswered - 1} probes unanswered, {heard}")
 
     def tell_path(self, path: ClientPath, now: float, **values: str | float) -> None:
         """Let the world know the state that `path` has just entered."""
-        self.news.append(self.notice(NOTICES[path.state], now, path.name, path.interface, **values))
+        self.news.append(self.notice(NOTICES[path.state], now, path.title, path.interface, **values))
 
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""

@@ -61,8 +61,7 @@ def client_status(
 
 def path_status(path: ClientPath, peer: ServerPeer, now: float) -> dict[str, Any]:
     """Return what is said of one path."""
-    receipts = peer.receipts
-    first = sum(receipts.first)
+    alone = peer.receipts.path_status(path.id, now)
     return {
         **path.status(),
         "name": path.name,
@@ -71,9 +70,7 @@ def path_status(path: ClientPath, peer: ServerPeer, now: float) -> dict[str, Any
         "seen_as": None if path.seen_as is None else host_port(*path.seen_as),
         "since": round(now - path.since, 1),
         "carries": [way for way, does in (("up", path.carries_up), ("down", path.carries_down)) if does(now)],
-        "first": receipts.first[path.id],
-        "first_share": receipts.first[path.id] / first if first else None,
-        "missed": receipts.missed[path.id],
-        "alone": {"up": peer.told.path_status(path.id, now), "down": receipts.path_status(path.id, now)},
+        **{name: alone[name] for name in ("first", "first_share", "missed")},
+        "alone": {"up": peer.told.path_status(path.id, now), "down": alone},
         "mtu": path.carries or None,
     }

@@ -136,8 +136,9 @@ def draw(status: Object, rates: Rates) -> RenderableType:
         parts: list[RenderableType] = [_title(status, head), Text(f"{here} of {len(peers)} clients up", "dim")]
         for peer in sorted(known, key=lambda peer: (peer.get("state") != "up", peer.get("name"))):
             name = Text.assemble(("▌ ", "blue"), (str(peer.get("name")), "bold"), " ", _state(peer))
-            addresses = ", ".join(str(peer[each]) for each in ("ipv4", "ipv6") if peer.get(each))
-            parts += [Text(), name, *_owner(status, peer, peer["name"], rates, addresses)]
+            about = ", ".join(str(peer[each]) for each in ("ipv4", "ipv6") if peer.get(each))
+            about += f", MTU {peer['mtu']}" if peer.get("mtu") else ""
+            parts += [Text(), name, *_owner(status, peer, peer["name"], rates, about)]
         return Group(*parts)
     tunnel = status.get("tunnel", {})
     addresses = ", ".join(address for address in (tunnel.get("ipv4"), tunnel.get("ipv6")) if address)
@@ -179,11 +180,13 @@ def _owner(status: Object, owner: Object, name: str, rates: Rates, about: str) -
 
 def _path_words(path: Object) -> Iterator[Text]:
     """Yield what there is to say of a path before its figures."""
-    label = str(path.get("interface") or path.get("name") or f"path {path.get('id', _NONE)}")
+    label = str(path.get("label") or path.get("interface") or path.get("name") or f"path {path.get('id', _NONE)}")
     since = path.get("since")
     words = [f"for {duration(since)}"] if since is not None else []
     if (rtt := path.get("rtt_ms")) is not None:
-        words.append(f"round trip {milliseconds(rtt)}, jitter {milliseconds(path.get('jitter_ms') or 0.0)}")
+        words.append(f"round trip {milliseconds(rtt)}")
+    if (jitter := path.get("jitter_ms")) is not None:
+        words.append(f"jitter {milliseconds(jitter)}")
     if path.get("mtu"):
         words.append(f"MTU {path['mtu']}")
     colour = _COLOURS.get(str(path.get("state")), "default")

@@ -43,7 +43,7 @@ from mptunnel.packet import PLAIN
 from mptunnel.server import Offer, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from mptunnel.clientpeer import ClientPeer
     from mptunnel.events import NoticeKind
@@ -560,8 +560,11 @@ class Simnet:
 class Traffic:
     """Numbered packets, so many a second each way. No packet may come twice, or other than it was sent."""
 
-    def __init__(self, net: Simnet, rate: float = 100.0, size: int = 24) -> None:
+    def __init__(
+        self, net: Simnet, rate: float = 100.0, size: int = 24, *, sides: Sequence[str] = ("up", "down")
+    ) -> None:
         self._net = net
+        self._sides = sides
         self._interval = 1.0 / rate
         self._size = size
         self._fill = random.Random(net.now)
@@ -581,13 +584,16 @@ class Traffic:
 
     def _send(self) -> None:
         net = self._net
-        number = len(self.sent["up"])
+        number = len(self.sent[self._sides[0]])
         payload = number.to_bytes(4, "big") + self._fill.randbytes(self._size)
         up, down = ipv4(str(TUNNEL4[2]), TARGET, payload), ipv4(TARGET, str(TUNNEL4[2]), payload)
-        self.sent["up"][up] = self.sent["down"][down] = net.now
         net.known |= {up, down}
-        net.client_sends(up)
-        net.server_sends(down)
+        if "up" in self._sides:
+            self.sent["up"][up] = net.now
+            net.client_sends(up)
+        if "down" in self._sides:
+            self.sent["down"][down] = net.now
+            net.server_sends(down)
         self._left -= 1
         if self._left > 0:
             net.at(net.now + self._interval, self._send)

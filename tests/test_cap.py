@@ -252,6 +252,29 @@ def test_slow_is_a_state_that_is_told_and_ends_when_the_load_does() -> None:
     assert told[-2:] == [NoticeKind.PATH_SLOW, NoticeKind.PATH_UP]
 
 
+def test_a_path_that_is_slow_downwards_only_is_told_so_at_both_ends() -> None:
+    net = Simnet(Wire(delay=0.02, rate=FAST), Wire(delay=0.06, rate=SLOW, buffer=SLOW))
+    net.run(2.0)
+    traffic = Traffic(net, 800.0, SIZE - 28, sides=("down",))
+    traffic.start(8.0)
+    net.run(6.0)
+    path, served = net.client.paths[1], guest(net).paths[1]
+    (status,) = net.server.status(net.now)["peers"]
+    assert path.withheld == 0 < served.withheld
+    assert path.status()["state"] == status["paths"][1]["state"] == "slow"
+    assert net.client.paths[0].status()["state"] == "up"
+    assert status["paths"][0]["state"] == "fresh"
+    net.run(10.0)
+    (status,) = net.server.status(net.now)["peers"]
+    assert path.status()["state"] == "up"
+    assert status["paths"][1]["state"] != "slow"
+    for side, name in (("client", path.name), ("server", "1")):
+        told = [notice.kind for _, at, notice in net.notices if at == side and notice.path == name]
+        assert told[-2:] == [NoticeKind.PATH_SLOW, NoticeKind.PATH_UP], side
+        other = [notice.kind for _, at, notice in net.notices if at == side and notice.path in {"w0", "0"}]
+        assert NoticeKind.PATH_SLOW not in other, side
+
+
 @pytest.mark.slow
 def test_a_link_that_recovers_gets_everything_again() -> None:
     slow = Wire(delay=0.06, rate=SLOW, buffer=SLOW)

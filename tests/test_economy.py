@@ -10,6 +10,7 @@ from mptunnel.config import ClientSettings
 from mptunnel.messages import INITIATION, TRANSPORT, Control
 from mptunnel.path import PROBE_INTERVAL, PathState
 from mptunnel.serverpeer import IN_USE
+from mptunnel.session import REJECT_AFTER_TIME
 from tests.running import note
 from tests.simnet import TARGET, TUNNEL4, Simnet, Traffic, Wire, ipv4
 
@@ -64,6 +65,45 @@ def test_the_tail_after_the_last_packet_is_ten_seconds_of_probes() -> None:
     probes = IN_USE / PROBE_INTERVAL
     note(f"a packet alone costs {max(carried(net))} bytes on each of two paths")
     assert max(carried(net)) < (probes + 3) * (124 + 140) + 3 * 1480  # and the path's size is shown once
+
+
+@pytest.mark.parametrize("interval", [25.0, 300.0])
+def test_a_path_that_dies_in_idleness_is_down_three_seconds_after_its_next_probe(interval: float) -> None:
+    net = idle(2, interval)
+    net.run(3 * interval)
+    path = net.client.paths[1]
+    net.run(path.probe_at + 1.0 - net.now)
+    net.wires[1].is_cut = True
+    net.run(interval - 1.5)
+    assert path.is_up
+    net.run(4.0 if interval < REJECT_AFTER_TIME else 6.0)  # new keys come first, and may have been asked for there
+    assert path.state is PathState.DOWN
+    assert net.client.paths[0].state is PathState.UP
+    net.log.clear()
+    net.run(4 * interval)
+    assert 2 <= len(net.controls("up", Control.PROBE, 1)) <= 4, "and is asked as rarely as before"
+    net.wires[1].is_cut = False
+    net.run(2 * interval)
+    assert path.is_up
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_the_server_says_first_does_not_wait_though_an_idle_probe_was_lost(number: int) -> None:
+    net = Simnet(Wire(delay=0.05))
+    net.run(20.0)
+    wire = net.wires[0]
+    for _ in range(number):
+        net.run(25.0)
+    net.run(net.client.paths[0].probe_at - 0.01 - net.now)
+    wire.is_cut = True
+    net.run(0.5)
+    wire.is_cut = False
+    net.run(6.5)
+    traffic = Traffic(net, 1.0, sides=("down",))
+    traffic.start(0.5)
+    net.run(2.0)
+    assert traffic.arrived("down")
+    assert traffic.is_whole()
 
 
 def test_keys_are_renewed_in_idleness_by_one_path_each_in_its_turn() -> None:

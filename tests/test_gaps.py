@@ -458,7 +458,8 @@ def test_a_restart_of_the_server_in_mid_traffic_is_a_gap_on_the_way_down(seed: i
     assert abs(got["longest_gap_ms"] - dark) < 1
     assert [path["longest_gap_ms"] >= dark - 1 for path in got["paths"]] == [True, True]
     assert got["outages_bridged"] == 0, "there was no other path"
-    assert got["lost"] == 0 and got["received"] == got["packets"] == len(arrivals)
+    assert got["lost"] == 0
+    assert got["received"] == got["packets"] == len(arrivals)
 
 
 def test_a_server_that_starts_again_while_nobody_speaks_leaves_no_gap() -> None:
@@ -490,3 +491,21 @@ def test_a_path_that_joins_in_mid_traffic_owes_nothing_that_was_sealed_before() 
             assert joined["missed"] <= 1, f"{at}, {side}"  # it joined between two packets
             assert joined["longest_gap_ms"] < 50, f"{at}, {side}"
             assert joined["outages_bridged"] == 0
+
+
+def test_a_path_that_stands_by_would_alone_have_brought_nothing() -> None:
+    net, count = started(0.02, 0.06)
+    net.client.control("paths-priority", Fields({"path": "w1", "priority": "standby"}, "paths-priority"), net.now)
+    net.run(3.0)
+    speak(net, 2.0)
+    speak_through(net, count, 8.0, loss=0.02)
+    net.run(5.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            got = said(net, side, at)
+            data, standing = got["paths"]
+            assert standing["lost"] == got["packets"] == 1000, f"{at} {side}"
+            assert standing["longest_gap_ms"] > 9000
+            assert standing["outages_bridged"] == got["outages_bridged"] == got["saved"] == 0
+            assert data["lost"] == got["lost"] > 0
+            assert data["longest_gap_ms"] == got["longest_gap_ms"] < 100

@@ -235,3 +235,14 @@ def test_what_cannot_be_is_refused_and_changes_nothing(verb: str, arguments: dic
     with pytest.raises(ConfigError, match=words):
         ask(net, verb, **arguments)
     assert ask(net, "paths-list") == before
+
+
+def test_a_path_goes_by_its_label_in_events_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    net = running()
+    ask(net, "paths-name", path="w1", label="truck-roof")
+    caplog.set_level("INFO")
+    net.wires[1].is_cut = True
+    net.run(40.0)
+    told = [(notice.path, notice.interface) for _, side, notice in net.notices if side == "client"]
+    assert told[-1] == ("truck-roof", "w1")
+    assert "path truck-roof down" in caplog.text
