@@ -96,6 +96,7 @@ class ClientPeer(Peer):
         self._clock_origin = clock_origin
         self._client_instance: int | None = None
         self._hello_order = (-1, -1)  # session and counter of the newest HELLO
+        self._instance_from = -1  # the session in which this run of the client said HELLO first
         self._unsaid = (-1, -INF)  # the session in which data came last, and when the first of it came
         self._unbound_answers = Allowance()
         self._mtu_told_at: deque[float] = deque([-INF] * ROUTES_AT_ONCE, ROUTES_AT_ONCE)
@@ -264,7 +265,7 @@ class ClientPeer(Peer):
         is_newest, self._hello_order = order > self._hello_order, max(order, self._hello_order)
         is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
         if hello.instance != self._client_instance:
-            self._client_instance = hello.instance
+            self._client_instance, self._instance_from = hello.instance, session.serial
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
             self.receipts = self.receipts.successor()
@@ -297,6 +298,9 @@ class ClientPeer(Peer):
     def _probe_received(
         self, session: Session, counter: int, probe: Probe, source: Endpoint, size: int, now: float, out: list[Transmit]
     ) -> None:
+        if session.serial < self._instance_from:
+            self.identity.drops["probe not newer"] += 1  # of a run that has ended meanwhile
+            return
         path = self.paths.get(probe.path)
         if path is None:
             path = self.paths[probe.path] = ServerPath(probe.path, now)
@@ -355,9 +359,8 @@ class ClientPeer(Peer):
             path is None
             or candidate is None
             or candidate.endpoint != source
-            or candidate.token != answer.token
+            or not candidate.is_answered_by(answer.token, now)
             or candidate.probe.incarnation != answer.incarnation
-            or now >= candidate.expires_at
         ):
             self.identity.drops["response to no challenge"] += 1
             return
@@ -365,7 +368,8 @@ class ClientPeer(Peer):
             self._bound.pop(path.endpoint, None)
         holder = self._bound.get(source)
         if holder is not None:  # one endpoint is one path: a client that numbers its paths anew
-            holder.endpoint, holder.unasked_at = None, INF
+            holder.unbind(now)
+            self.look_again()
         path.bind(candidate, now)
         self._bound[source] = path
         path.is_told_up = False  # its address is news, also if it was up at another

@@ -165,13 +165,13 @@ class Probe:
             flags,
             len(self.records),
             self.incarnation,
-            self.seq,
+            self.seq % _MOD32,
             self.interval_ms,
             self.sent_us,
             self.tx % _MOD32,
             self.rx % _MOD32,
             self.packets % _MOD32,
-            self.echoed,
+            self.echoed % _MOD32,
             min(self.rtt_us, _MOD32 - 1),
             min(self.queue_us, _MOD32 - 1),
             self.rx_size,
@@ -236,8 +236,8 @@ class Echo:
             ECHO_UNASKED if self.is_unasked else 0,
             len(self.records),
             self.incarnation,
-            self.seq,
-            self.number,
+            self.seq % _MOD32,
+            self.number % _MOD32,
             self.probe_us,
             self.sent_us,
             min(self.held_us, _MOD32 - 1),
@@ -576,7 +576,7 @@ def seconds_between(from_us: int, to_us: int) -> float:
 
 
 def _encode_records(records: tuple[Record, ...]) -> bytes:
-    return b"".join(_RECORD.pack(r.path, 0, min(r.age_ms, NO_NEWS), r.newest) for r in records)
+    return b"".join(_RECORD.pack(r.path, 0, min(r.age_ms, NO_NEWS), r.newest % _MOD32) for r in records)
 
 
 def _decode_records(body: memoryview, at: int, n: int) -> tuple[Record, ...]:

@@ -26,6 +26,7 @@ two probes; all counts are modulo 2^32 and start anew with every `incarnation`, 
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,6 +48,7 @@ DOWN_AFTER: Final = 1.0
 DOWN_PROBES: Final = 3
 FOLLOW_UP: Final = 1.0  # s after which an unanswered probe is followed up, until it is clear that the path is down
 HALF_LIVES_FOR: Final = 1.5  # s in which one direction that lives is shown to do so: unasked ECHOs take 1 s to begin
+MAX_SEQ: Final = 1 << 31  # probes of one incarnation: there may be as many unasked ECHOs
 MAX_PENDING: Final = 1024  # 5 s of probes at the fastest, those of a gap alarm
 FRESH_FOR: Final = 3.0
 MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
@@ -61,7 +63,8 @@ LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
 UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
 UNASKED_INTERVAL: Final = 0.25  # never lapses
-CHALLENGE_LIFETIME: Final = 3.0
+CHALLENGE_LIFETIME: Final = 3.0  # s for which a candidate is sent the same bytes
+ANSWER_WITHIN: Final = 8.0  # s: a path whose round trip is longer than the 3 s can be bound too
 CHALLENGE_SPACING: Final = 0.25
 TOKEN_SIZE: Final = 16
 LOSS_SPAN: Final = 10.0  # s: over what time a loss is shown
@@ -401,6 +404,11 @@ class ClientPath(Path):
         """Whether it has been silent so long that copies are no use any more, and the server does not hear us there."""
         return now - self.silent_since > COPIES_WHILE_SILENT and now - self.reached_at >= HALF_LIVES_FOR
 
+    @property
+    def has_counted_out(self) -> bool:
+        """Whether its probes, and the ECHOs that answer them, would soon have numbers that are too large to be said."""
+        return self._seq >= MAX_SEQ
+
     def next_probe(
         self,
         now: float,
@@ -673,18 +681,13 @@ class ServerPath(Path):
     def challenge(self, endpoint: Any, probe: Probe, now: float, entropy: Callable[[int], bytes]) -> bytes | None:
         """Return the 16 bytes to send to a new address; None if it was challenged just now (R3)."""
         candidate = self.candidate
-        if candidate is None or candidate.endpoint != endpoint or now >= candidate.expires_at:
-            since = candidate.challenged_at if candidate else -_INF
-            if now - since < CHALLENGE_SPACING:
-                return None
-            candidate = Candidate(endpoint, entropy(TOKEN_SIZE), now)
-            self.candidate = candidate
-        elif now - candidate.challenged_at < CHALLENGE_SPACING:
+        if candidate is not None and now - candidate.challenged_at < CHALLENGE_SPACING:
             return None
-        candidate.challenged_at = now
+        if candidate is None or candidate.endpoint != endpoint:
+            candidate = self.candidate = Candidate(endpoint)
         candidate.probe = probe
-        candidate.arrived_at = now
-        return candidate.token
+        candidate.challenged_at = candidate.arrived_at = now
+        return candidate.token(now, entropy)
 
     def bind(self, candidate: Candidate, now: float) -> None:
         """The candidate has answered from its address: it is the path's endpoint from now on."""
@@ -693,6 +696,11 @@ class ServerPath(Path):
         self.loss_up.restart()
         self.adopt(candidate.probe, now)
         self.loss_up.restart()  # what was under way before this moment has not been counted
+
+    def unbind(self, now: float) -> None:
+        """Its address is another path's now: it has none, until a probe of its own is answered for."""
+        self.endpoint, self.unasked_at = None, _INF
+        self._enter(PathState.CANDIDATE, now)
 
     def adopt(self, probe: Probe, now: float) -> None:
         """Take over what a counted probe from the bound endpoint says."""
@@ -838,12 +846,20 @@ def _may_be_so_old(record: Record, age: float) -> bool:
 class Candidate:
     """An address that claims a path, and the bytes it must send back to get it."""
 
-    __slots__ = ("arrived_at", "challenged_at", "endpoint", "expires_at", "probe", "token")
+    __slots__ = ("_tokens", "arrived_at", "challenged_at", "endpoint", "probe")
 
-    def __init__(self, endpoint: Any, token: bytes, now: float) -> None:
+    def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
-        self.token = token
-        self.expires_at = now + CHALLENGE_LIFETIME
-        self.challenged_at = now
-        self.arrived_at = now
+        self._tokens: deque[tuple[float, bytes]] = deque(maxlen=math.ceil(ANSWER_WITHIN / CHALLENGE_LIFETIME))
+        self.challenged_at = self.arrived_at = -_INF
         self.probe: Probe
+
+    def token(self, now: float, entropy: Callable[[int], bytes]) -> bytes:
+        """Return the bytes that it is to send back."""
+        if not self._tokens or now - self._tokens[-1][0] >= CHALLENGE_LIFETIME:
+            self._tokens.append((now, entropy(TOKEN_SIZE)))
+        return self._tokens[-1][1]
+
+    def is_answered_by(self, token: bytes, now: float) -> bool:
+        """Whether these are bytes that it was sent, not too long ago."""
+        return any(sent == token and now - at < ANSWER_WITHIN for at, sent in self._tokens)

@@ -214,14 +214,25 @@ def opened_by_client(net: Simnet, datagram: bytes) -> bytes:
     return plain
 
 
-def test_a_challenge_can_be_answered_for_3_s_only() -> None:
+@pytest.mark.parametrize(("waits", "is_bound"), [(7.9, True), (8.01, False)])
+def test_a_challenge_can_be_answered_for_8_s_only(waits: float, *, is_bound: bool) -> None:
     net, candidate = running(Wire()), stranger(1)
     net.wires[0].is_cut = True  # the true path does not replace the candidate meanwhile
     deliver(net, probe(net), candidate)
     challenge = decode_challenge_untrusted(memoryview(opened_by_client(net, net.to_strangers(candidate)[0])))
-    net.run(3.01)
+    net.run(waits)
     deliver(net, sealed(net, challenge.encode(Control.RESPONSE)), candidate)
+    assert endpoints(net) == {0: candidate if is_bound else net.source(0)}
+
+
+@pytest.mark.parametrize("delay", [1.7, 2.4])
+def test_a_path_whose_round_trip_is_longer_than_a_challenge_serves_is_bound(delay: float) -> None:
+    net = Simnet(Wire(delay=delay))
+    traffic = Traffic(net, 10.0)
+    traffic.run(30.0, rest=10.0)
     assert endpoints(net) == {0: net.source(0)}
+    assert traffic.is_whole(since=net.now - 15.0)
+    assert traffic.arrived("down")
 
 
 def test_a_candidate_is_sent_the_same_bytes_for_3_s_and_then_others() -> None:
@@ -280,10 +291,12 @@ def test_one_endpoint_is_one_path() -> None:
     net = running(Wire(), Wire())
     deliver(net, probe(net, 5), net.source(0))
     net.run(0.05)
-    challenge = Challenge(5, 7, net.guest.paths[5].candidate.token)  # type: ignore[union-attr]
+    challenge = Challenge(5, 7, net.guest.paths[5].candidate.token(net.now, net.entropy))  # type: ignore[union-attr]
     deliver(net, sealed(net, challenge.encode(Control.RESPONSE)), net.source(0))
     assert endpoints(net)[5] == net.source(0)
     assert endpoints(net)[0] is None
+    assert net.guest.paths[0].state is PathState.CANDIDATE
+    assert net.guest.paths[0] not in net.guest._carriers(net.now)  # while it has no address it gets nothing
     assert net.guest.sources.get(net.source(0)) is net.guest.paths[5]
 
 
@@ -295,7 +308,7 @@ def test_a_silent_path_whose_endpoint_is_another_one_now_is_shown_no_life() -> N
     net.run(4.0)
     assert net.guest.paths[0].state is PathState.LAPSED
     deliver(net, probe(net, 5), net.source(0))
-    challenge = Challenge(5, 7, net.guest.paths[5].candidate.token)  # type: ignore[union-attr]
+    challenge = Challenge(5, 7, net.guest.paths[5].candidate.token(net.now, net.entropy))  # type: ignore[union-attr]
     deliver(net, sealed(net, challenge.encode(Control.RESPONSE)), net.source(0))
     assert endpoints(net)[0] is None
     net.run(2.0)
@@ -697,3 +710,44 @@ def test_the_status_of_a_client_counts_its_paths() -> None:
     assert status["receipts"]["up"]["lost"] == 0
     assert status["traffic"]["up"]["packets"] == 500
     assert net.server._peers[CLIENT_PUBLIC].record.name == "sim"
+
+
+# -- two uplinks behind one NAT --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", [0.02, 0.15, 0.4])
+def test_two_uplinks_that_swap_their_outer_addresses_lose_nothing(slow: float) -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=slow))
+    net.run(2.0)
+    traffic = Traffic(net, 200.0)
+    traffic.start(12.0)
+    for _ in range(3):
+        net.run(2.0)
+        one, other = net.wires
+        one.nat_host, other.nat_host, one.nat_port, other.nat_port = (
+            other.nat_host, one.nat_host, other.nat_port, one.nat_port,
+        )  # fmt: skip
+    net.run(9.0)
+    assert not [to for _, to, _ in net.astray if to is None]
+    assert endpoints(net) == {0: net.source(0), 1: net.source(1)}
+    assert traffic.lost("up") == 0
+    assert traffic.lost("down", since=net.now - 8.0) == 0
+
+
+def test_a_probe_of_the_clients_former_run_that_comes_late_counts_for_nothing() -> None:
+    net = Simnet(Wire(delay=0.02), Wire(delay=0.4))
+    net.run(2.0)
+    Traffic(net, 100.0).run(10.0)
+    old = sealed(net, Probe(1, net.client.paths[1].incarnation, 9999, 250, 0, 1, 1, 1000).encode())
+    former = net.guest._client_instance
+    net.restart_client()
+    while net.guest._client_instance == former:
+        net.run(0.001)
+    before = net.server.drops["probe not newer"]
+    deliver(net, old, net.source(1))
+    assert net.server.drops["probe not newer"] == before + 1
+    net.run(1.0)
+    Traffic(net, 100.0).run(4.0, rest=9.0)
+    (status,) = net.server.status(net.now)["peers"]
+    assert status["receipts"]["up"]["lost"] == 0
+    assert net.client.status(net.now)["receipts"]["up"]["lost"] == 0

@@ -419,7 +419,7 @@ def test_no_path_challenges_more_than_four_times_a_second_and_no_bytes_serve_two
             sent.append(now)
             assert meant_for.setdefault(token, endpoint) == endpoint
             assert path.candidate is not None
-            assert path.candidate.expires_at > now
+            assert path.candidate.is_answered_by(token, now)
     assert all(later - earlier >= 0.25 - 1e-9 for earlier, later in pairwise(sent))
 
 
