@@ -76,7 +76,8 @@ log = logging.getLogger(__name__)
 JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
-FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version
+FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version, at first after so long
+MOST_PATIENCE: Final = 60.0
 YEAR: Final = 365.2425 * 86400  # s
 LONG_AGO: Final = 1735689600  # s since 1970, the beginning of 2025: a clock that shows less was never set
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
@@ -138,10 +139,12 @@ class Client(Role):
         self._kept = tuple(kept)
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
-        self._avoid: dict[int, int] = {}
+        self._avoid: dict[int, int] = {}  # by path, the IP version that has not worked there
+        self._turns: dict[int, int] = {}  # how often that has changed
         self._links: tuple[Link, ...] = ()
         self._upkeep = Upkeep(settings.device) if settings.uses_our_script else None
         self._reopen_at: dict[int, float] = {}
+        self._failures: dict[int, str] = {}  # why the socket of a path could not be opened, as was told
         self._missing: set[str] = set()
         self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
         self._holders: dict[int, ClientPath] = {}  # that are counted under each number, or were last
@@ -220,6 +223,7 @@ class Client(Role):
             return
         path.port = port
         self._opened_at[number] = now
+        self._failures.pop(number, None)
         self._peer.path_opened(path, now, self.out)
         self._after(self._peer, now)
 
@@ -228,7 +232,8 @@ class Client(Role):
         path = self.paths.get(number)
         if path is None:
             return
-        if path.closed(now) or number not in self._reopen_at:
+        if path.closed(now) or self._failures.get(number) != why:
+            self._failures[number] = why
             log.warning("path %s: %s; trying again every %.0f s", path.title, why, REOPEN_AFTER)
             self._peer.tell_path(path, now, why=why)
         path.errors[why] = path.errors.get(why, 0) + 1
@@ -314,6 +319,7 @@ class Client(Role):
             self._ask_outside(now)
         if now >= self._mend_at:
             self._mend(now)
+        self._try_other_versions(now)
         self._review_state(now)
 
     def today_is(self, year: int, month: int, day: int, now: float) -> None:
@@ -358,6 +364,8 @@ class Client(Role):
             path = self.paths.get(number)
             if path is not None and path.name != uplink.name:  # another uplink has taken its number
                 self._close_path(path, now)
+                self._avoid.pop(number, None)
+                self._turns.pop(number, None)
                 path = None
             if path is None:
                 path = self.paths[number] = self._new_path(number, uplink.name, now)
@@ -435,6 +443,7 @@ class Client(Role):
 
     def _close_path(self, path: ClientPath, now: float, what: str = "waits") -> None:
         self._reopen_at.pop(path.id, None)
+        self._failures.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
@@ -452,7 +461,7 @@ class Client(Role):
     def _script_done(self, job: RunScript, failure: Exception | None, now: float) -> None:
         if failure is not None:
             log.warning("%s: %s", job.verb, failure)
-        if job.verb == "dns" and not job.values["dns"] and self._outside is not None:
+        if job.verb == "dns" and job.values["outside"] and self._outside is not None:
             self._events.append(self._outside)
         if self._upkeep is not None and job.verb in {"path-up", "up"}:
             self._upkeep.script_done(int(str(job.values.get("path", TUNNEL))))
@@ -486,21 +495,23 @@ class Client(Role):
     def _ask_outside(self, now: float) -> None:
         """Nothing answers, and the server may have moved: ask for its name those who were asked before the tunnel was.
 
-        What we have changed of the host's name servers is taken back until the answer is there.
+        What we have changed of the host's name servers is taken back until the answer is there, and the question does
+        not go into the tunnel.
         """
         self._servers.asked_outside(now)
         if self._outside is None:
             self._outside = Resolve(self._settings.server, self._settings.port)
-            if self._tunnel is not None and self._tunnel.dns:
+            if self._tunnel is not None:
                 self._ask_names(inside=False)
             else:
                 self._events.append(self._outside)
 
     def _ask_names(self, *, inside: bool) -> None:
-        """Let the script have names asked through the tunnel, or as they were before."""
-        if self._tunnel is not None and self._tunnel.dns:
+        """Let the script have names asked through the tunnel, or as they were before there was one."""
+        if self._tunnel is not None:
             dns = self._tunnel.dns if inside else ()
-            self._events.append(RunScript("dns", {"dns": dns, "servers": tuple(self._servers.known)}))
+            servers = tuple(self._servers.known)
+            self._events.append(RunScript("dns", {"dns": dns, "servers": servers, "outside": not inside}))
 
     def _next_server(self, now: float) -> None:
         """Every path is silent: try the next address of each IP version."""
@@ -530,11 +541,19 @@ class Client(Role):
             log.warning("%s; trying for ever", self._why_silent(now))
         if len(self._servers.known) > 1 and now - max(self._servers.turned_at, self._state_at) > SILENT_AFTER:
             self._next_server(now)
+
+    def _try_other_versions(self, now: float) -> None:
+        """A path that was never heard may be mute by this IP version only; each time it is, wait twice as long."""
         for path in self.paths.values():
-            opened_at = self._opened_at.get(path.id, now)
-            is_mute = path.is_open and path.heard_at == -INF and now - opened_at > FAMILY_PATIENCE
-            if is_mute and path.address is not None and self._avoid.get(path.id) != path.address.version:
-                self._avoid[path.id] = path.address.version
+            if not path.is_open or path.address is None:
+                continue
+            if path.heard_at > -INF:
+                self._turns[path.id] = 0
+                continue
+            waited, turns = now - self._opened_at.get(path.id, now), self._turns.get(path.id, 0)
+            patience = min(FAMILY_PATIENCE * 2 ** min(turns, 8), MOST_PATIENCE)
+            if waited > patience and self._avoid.get(path.id) != path.address.version:
+                self._avoid[path.id], self._turns[path.id] = path.address.version, turns + 1
                 self._arrange(now)
 
     def _whole_state(self, now: float) -> str:

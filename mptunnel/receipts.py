@@ -35,6 +35,7 @@ SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
 IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 _ALL_PATHS = (1 << MAX_PATHS) - 1
+_MOD32 = 1 << 32
 PAUSES: Final[tuple[float, ...]] = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
 
 
@@ -52,8 +53,8 @@ class Receipts:
     """The account of one direction, kept by its receiver."""
 
     __slots__ = (
-        "_anew", "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by", "_sessions",
-        "_standing", "_used", "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
+        "_anew", "_begun_in", "_count", "_in_use", "_marks", "_newest", "_repeats", "_said", "_said_at", "_said_by",
+        "_sessions", "_standing", "_used", "first", "gaps", "history", "lost", "missed", "packets", "received", "saved",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Receipts:
         self._sessions: dict[int, Session] = {}  # by serial: those that have brought data
         self._count: int | None = None  # the sender's, modulo 2^32, at the last mark settled
         self._anew: float = INF  # the serial of the first session in which the sender counts from 0 again
+        self._begun_in = -1  # a session in which it was known to have done so
         self._said_by: dict[int | None, int] = {}  # the sender's count at the last mark of each path
         self._in_use = 0
         self._standing = 0  # a bit for each path that stands by
@@ -138,15 +140,16 @@ class Receipts:
         while self._marks and (self._marks[0].due <= now or _is_crowded(self._marks[0].session)):
             due, session, counter, packets, used_then = self._marks.popleft()
             used, self._used = in_use & used_then & self._used, used_then
-            if session.serial >= self._anew:
-                self._settle_before(self._anew, used)
-                self.packets, self._count, self._anew = self.received + self.lost, 0, INF
+            if session.serial >= self._anew or self._has_fallen(packets):
+                self._settle_before(min(self._anew, session.serial), used)
+                self.packets, self._count = self.received + self.lost, 0
+                self._anew, self._begun_in = INF, session.serial
             self._settle_before(session.serial, used)  # whose last data was sealed before this mark too
             self._settle_window(session, counter, used)
             if self._count is None:
                 self.packets = self.received  # our account begins here
             else:
-                self.packets += (packets - self._count) % (1 << 32)
+                self.packets += (packets - self._count) % _MOD32
             self._count = packets
             lost = max(0, self.packets - self.received)
             awaited = used | self._standing
@@ -218,7 +221,8 @@ class Receipts:
         What it had sealed before and did not get here is not known to anybody. It had been expected, so the silence is
         a gap.
         """
-        self._anew = serial
+        if serial > self._begun_in:
+            self._anew = serial
         self._said_by.clear()
         self._said = ()  # who is told of the account now has heard nothing of it yet
         self.gaps.sender_restarted(serial)
@@ -255,6 +259,10 @@ class Receipts:
             if gap:
                 self.history.gap(number, gap)
                 way.fresh = 0.0
+
+    def _has_fallen(self, packets: int) -> bool:
+        """Whether the sender says that it has sealed less than before: it was restarted, and has not said so yet."""
+        return self._count is not None and (packets - self._count) % _MOD32 > _MOD32 // 2
 
     def _settle_before(self, serial: float, in_use: int) -> None:
         """Account for all that has come in under the sessions before `serial`."""

@@ -226,9 +226,8 @@ class ServerPeer(Peer):
             self._probe_soon(now)
             if self._asks_quietly:
                 self._ask_aloud(now, out)
-            is_waiting = bool(self._staged) and self.initiation is not None
-            if is_waiting and (self.is_multipath or self.is_ours) and not self.timers.is_armed(Timer.REPEAT):
-                self.timers.at(Timer.REPEAT, now)
+            if self.initiation is not None and not self.takes_one_copy:
+                self._hurry(now)
 
     def _has_taken(
         self, session: Session, source: Any, size: int, now: float, out: list[Transmit], *, was_quiet_for: float | None
@@ -272,19 +271,27 @@ class ServerPeer(Peer):
         return [path for path in self.paths.values() if path.is_open]
 
     def _single_path(self) -> int | None:
-        """Return the path in use where only one is: the same one as long as it is open."""
-        ids = [path.id for path in self._open_paths()]
+        """Return the path in use where only one is: the same one as long as it is open and no better one is."""
+        ids = self._single_ones()
         if ids and self._single not in ids:
             self._single = ids[0]
         return self._single if ids else None
 
+    def _single_ones(self) -> list[int]:
+        """Return the paths that may be the one in use: those for data, else those that stand by, else given up ones."""
+        paths = self._open_paths()
+        left = [path for path in paths if path.state is not PathState.DOWN]
+        return [path.id for path in [path for path in left if path.use is Use.DATA] or left or paths]
+
     def _turn_to_next_path(self, now: float) -> None:
         """Nothing has come by the path in use: try another one, unless only one is open."""
-        ids = sorted(path.id for path in self._open_paths())
-        used, self._single = self._single, next((n for n in ids if n > self._single), ids[0] if ids else -1)
-        if self.is_stock and self._single != used and used in ids and self.paths[used].given_up(now):
-            log.info("path %s silent: trying %s", self.paths[used].title, self.paths[self._single].title)
-            self.tell_path(self.paths[used], now, why="silent, another one is tried")
+        used = self.paths.get(self._single)
+        is_news = used is not None and used.is_open and len(self._open_paths()) > 1 and used.given_up(now)
+        ids = sorted(self._single_ones())
+        self._single = next((n for n in ids if n > self._single), ids[0] if ids else -1)
+        if is_news and used is not None and self.is_stock:
+            log.info("path %s silent: trying %s", used.title, self.paths[self._single].title)
+            self.tell_path(used, now, why="silent, another one is tried")
 
     def _lives(self, path: ClientPath | None, now: float) -> None:
         """Something authentic came by a path from a stock server, which answers no probe."""
@@ -342,6 +349,12 @@ class ServerPeer(Peer):
         self._repeat(self._handshake_ways(now), now, out)
         self.timers.at(Timer.REPEAT, now + REPEAT_INTERVAL)
 
+    def _hurry(self, now: float) -> None:
+        """The handshake under way was not urgent, and is now: what is repeated must not be older than 5 s."""
+        if not self.timers.is_armed(Timer.REPEAT):
+            self.timers.at(Timer.REPEAT, now)
+        self.timers.at_the_latest(Timer.RETRANSMIT, max(now, self._initiated_at + REKEY_TIMEOUT))
+
     def _next_handshake_at(self) -> float:
         if not self.takes_one_copy and self._answered_at >= self._initiated_at:
             return self._answered_at + ANSWERED_SPACING
@@ -380,7 +393,7 @@ class ServerPeer(Peer):
             self._enrols = 0
             self._send_enrol(now, out)
             return
-        if self._hello_is_answered or self.is_stock:  # else the sessions share the 20
+        if self._hello_is_answered or self.is_stock or self.is_multipath:  # else the sessions share the 20
             self._hellos = 0
         self._owes_hello = is_quiet and self._hello_is_answered and self._has_address
         self._hello_is_answered = self._has_address = False
@@ -553,6 +566,9 @@ class ServerPeer(Peer):
         path.measured(echo.seq, up, down, now)
         self._review(path, arrived_us, probed, echo.rx, now)
         path.told_given(echo.tx, echo.packets, now)
+        if self._hellos >= MAX_HELLOS and not self._hello_is_answered and session is self.current:
+            self._hellos = 0  # they went unanswered in an outage, which has just ended
+            self.timers.at(Timer.HELLO, now)
         self._echoed_at = now
         if self._alarm is not None:
             self._alarm_answered(self._alarm, now)
@@ -598,6 +614,8 @@ class ServerPeer(Peer):
             self._probe(path, now, out)
 
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
+        if path.has_counted_out:
+            path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
         use = standby.use_now(path, self.paths.values(), now)
         in_use = self.in_use(now) and use is Use.DATA
         interval = self._probe_interval if in_use else self._idle_probe

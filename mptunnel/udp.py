@@ -77,6 +77,7 @@ class Receiver:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
         self.sends_runs = offload and _probe_segmentation(sock)
+        self._has_sent_run = False
         self.receives_runs = False
         if offload:
             with contextlib.suppress(OSError):
@@ -100,12 +101,14 @@ class Receiver:
             self._socket.sendmsg([data], [*ancillary, (_SOL_UDP, _UDP_SEGMENT, _SIZE.pack(size))], 0, *to)
         except OSError as error:
             if error.errno in _NOT_SO:
-                self.sends_runs = False
-                log.info("no UDP segmentation offload here: %s", os.strerror(error.errno or 0).lower())
+                if not self._has_sent_run:  # else it is this run that is not to be sent so
+                    self.sends_runs = False
+                    log.info("no UDP segmentation offload here: %s", os.strerror(error.errno or 0).lower())
                 return False
-            if error.errno in _PENDING or error.errno == errno.EMSGSIZE:
+            if error.errno in _PENDING:
                 return False
             raise
+        self._has_sent_run = True
         return True
 
 
@@ -174,7 +177,10 @@ class PathSocket(Receiver):
         return ""
 
     def _sends_now(self, datagram: bytes | memoryview) -> bool:
-        """Whether it goes at the second try: an ICMP message about an earlier datagram fails one call unsent."""
+        """Whether it goes at the second try: an ICMP message about an earlier datagram fails one call unsent.
+
+        Also one that says what is too long (EMSGSIZE), which we did not ask: IP_PMTUDISC_PROBE believes none.
+        """
         try:
             self._socket.send(datagram)
         except OSError:
@@ -258,7 +264,9 @@ class ServerSocket(Receiver):
         return ""
 
 
-_PENDING: Final = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES})
+_PENDING: Final = frozenset({  # may be what an ICMP message has left behind, about an earlier datagram
+    errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.EACCES, errno.EMSGSIZE,
+})  # fmt: skip
 
 
 def resolve(host: str, port: int) -> tuple[IPAddress, ...]:

@@ -5,7 +5,7 @@
 #
 # up          addresses, routes, masquerade and name servers; again, with other values, replaces what was
 # keep        follow the main table with the routes of kept connections, after it has changed
-# dns         ask other name servers (MPT_DNS), or the former ones again (MPT_DNS empty)
+# dns         ask other name servers (MPT_DNS), or the former ones again (MPT_DNS empty), past the tunnel or not
 # mtu         another MTU of the device
 # path-up     let one path's datagrams leave by its interface; again, with other values, replaces what was
 # path-down   forget one path
@@ -20,6 +20,7 @@
 # MPT_ADDRESS6   the same for IPv6, with MPT_PEER6                                             up, may be empty
 # MPT_ROUTES     networks to be reached through the tunnel; 0.0.0.0/0 and ::/0 are everything  up, may be empty
 # MPT_DNS        name servers to be asked, whatever an application believes                    up dns, may be empty
+# MPT_OUTSIDE    1: questions leave as if there were no tunnel, until `dns` or `up` comes again   dns, optional
 # MPT_SERVERS    outer addresses of the server, which the DNS rule leaves alone                up dns, may be empty
 # MPT_KEEP       connections that stay outside the tunnel: LOCAL,REMOTE pairs                  up, may be empty
 # MPT_PATH       number of the path, 0 to 7                                                    path-up path-down
@@ -185,7 +186,7 @@ main() {
     case ${1:-} in
         up) up ;;
         keep) follow ;;
-        dns) dns ;;
+        dns) outside; dns ;;
         mtu) batch -4 "link set dev $device mtu $MPT_MTU" ;;
         path-up) path_up ;;
         path-down) path_down ;;
@@ -305,6 +306,34 @@ copy_main() {       # FAMILY: the main table without the tunnels' routes, in our
     attempt "$1" "route flush table $kept
 $(ip "$1" -o route show table main | sed -e '/ dev mpt[0-9]/d' -e 's/\\//g' -e 's/ nhid [0-9]*//' \
     -e 's/ expires [0-9]*sec//' -e 's/ linkdown//g' -e 's/ dead//g' -e "s/^/route append table $kept /")"
+}
+
+outside() {         # MPT_OUTSIDE: questions go by the copy of the main table, or no longer
+    for family in -4 -6; do
+        our_rules "$family" "$kept" "$kept"
+        lines='' others=''
+        while read -r rule; do
+            case $rule in
+                '') ;;
+                *' dport 53 '*) lines="${lines}rule del $rule$newline" ;;
+                *) others=$others$rule ;;
+            esac
+        done <<END
+$found
+END
+        protocols=
+        [ "${MPT_OUTSIDE:-0}" != 1 ] || protocols='udp tcp'
+        for protocol in $protocols; do
+            lines="${lines}rule add priority $kept ipproto $protocol dport 53 lookup $kept protocol kernel$newline"
+        done
+        [ -n "$lines" ] || continue
+        attempt "$family" "$lines"       # before Linux 4.17 there is no such rule
+        if [ -n "$protocols$others" ]; then
+            copy_main "$family"
+        else
+            attempt "$family" "route flush table $kept"
+        fi
+    done
 }
 
 dns() {             # MPT_DNS: by systemd-resolved where it rules, else our nft table turns questions round

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -429,6 +430,54 @@ def test_a_server_known_by_both_families_is_tried_by_the_other_one_where_the_fir
     assert client.paths[0].address == IPv6Address("2001:db8:1::2")
 
 
+@pytest.mark.interpreted
+def test_a_mute_path_tries_the_other_version_though_the_tunnel_is_up_and_ever_more_rarely() -> None:
+    client = client_of("wan1", "wan2", servers=("198.51.100.1", "2001:db8::1"))
+    both = [
+        Link(
+            name, 2 + n, "", True, (IPv4Interface(f"192.168.{n}.2/24"), IPv6Interface(f"2001:db8:{n}::2/64")),
+            Gateway(IPv4Address(f"192.168.{n}.1"), 100), Gateway(IPv6Address("fe80::1"), 100), 1500,
+        )
+        for n, name in enumerate(("wan1", "wan2"))
+    ]  # fmt: skip
+    client._whole_state = lambda now: "up"  # type: ignore[method-assign]  # noqa: ARG005
+    client.links_changed(both, 1000.0)
+    opened: list[tuple[float, int, int]] = []
+    now = 1000.0
+    while now < 1200.0:
+        new = [event for event in settled(client, now) if isinstance(event, OpenPath)]
+        opened += [(now, event.path, event.address.version) for event in new]
+        client.paths[0].heard_at = now
+        now += 0.25
+        client.handle_timeout(now)
+    assert [version for _, path, version in opened if path == 0] == [4]
+    times = [at for at, path, _ in opened if path == 1]
+    assert [version for _, path, version in opened if path == 1] == [4, 6, 4, 6, 4, 6, 4][: len(times)]
+    waits = [later - earlier for earlier, later in pairwise(times)]
+    assert waits == [pytest.approx(wait, abs=0.6) for wait in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0)]
+
+
+def test_a_socket_that_goes_on_failing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    now, tries, notices = 1000.0, 0, []
+    while now < 1030.0:
+        events = client.events()
+        notices += [event for event in events if isinstance(event, Notice)]
+        for event in events:
+            if isinstance(event, RunScript):
+                client.job_done(event, None, now)
+            elif isinstance(event, OpenPath):
+                tries += 1
+                client.path_failed(event.path, "ENETUNREACH" if now < 1020.0 else "EPERM", now)
+        now += 0.1
+        client.handle_timeout(now)
+    assert tries > 25
+    told = [record.getMessage() for record in caplog.records if "trying again" in record.getMessage()]
+    assert told == [f"path wan1: {why}; trying again every 1 s" for why in ("ENETUNREACH", "EPERM")]
+    assert len([notice for notice in notices if notice.kind is NoticeKind.PATH_WAITING]) == 2
+
+
 def test_the_next_address_of_the_server_is_tried_when_every_path_was_silent_for_30_s() -> None:
     client = client_of("wan1", servers=("198.51.100.1", "198.51.100.2"))
     client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
@@ -504,15 +553,16 @@ def test_names_are_asked_as_they_were_before_the_tunnel_while_a_silent_server_is
 
     def answer(job: Job, result: object, now: float) -> None:
         if isinstance(job, Resolve):
-            looked_up.append((now, net.scripts[-1][2]["dns"]))
+            looked_up.append((now, net.scripts[-1][2]["dns"], net.scripts[-1][2]["outside"]))
             result = (moved,)
         done(job, result, now)
 
     net.client.job_done = answer  # type: ignore[method-assign]
     net.run(40.0)
     ((silent_at, _),) = net.told("client", NoticeKind.TUNNEL_SILENT)
-    assert looked_up == [(pytest.approx(silent_at + 30.0, abs=0.01), ())]
-    assert [values["dns"] for _, verb, values in net.scripts if verb == "dns"] == [(), DNS]
+    assert looked_up == [(pytest.approx(silent_at + 30.0, abs=0.01), (), True)]
+    said = [(values["dns"], values["outside"]) for _, verb, values in net.scripts if verb == "dns"]
+    assert said == [((), True), (DNS, False)]
     assert {way.server for way in net.client._ways.values()} == {moved}
 
 
@@ -679,3 +729,23 @@ def test_a_wg_quick_file_makes_a_client_of_a_stock_server() -> None:
     assert net.client.drops["source not allowed"] == 1
     assert len(net.sent(INITIATION, "up")) == 1
     assert net.stopped == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_towards_a_stock_server_a_path_stands_by_too_until_the_other_one_is_silent(number: int) -> None:
+    text = wireguard_text(CLIENT_KEY, [IPv4Interface("10.0.1.2/32")], [], SERVER_PUBLIC, PSK, "sim.example:5000")
+    settings = ClientSettings(server="sim.example", interfaces=("w0", "w1"), wireguard=parse_wireguard(text))
+    server = BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK)
+    net = Simnet(Wire(), Wire(), stock_server=server, said_hello=False, settings=settings)
+    said = Fields({"path": f"w{number}", "priority": "standby"}, "paths-priority")
+    net.client.control("paths-priority", said, net.now)
+    net.run(1.0)
+    traffic = Traffic(net, rate=10)
+    traffic.start(120.0)
+    begun = net.now
+    net.run(30.0)
+    assert not net.sent(TRANSPORT, "up", number, begun + 0.2)
+    net.wires[1 - number].is_cut = True
+    net.run(40.0)
+    assert len(net.sent(TRANSPORT, "up", number, net.now - 10.0)) >= 100
+    assert traffic.lost("up", since=net.now - 10.0, until=net.now - 1.0) == 0

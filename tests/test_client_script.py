@@ -218,6 +218,29 @@ def test_names_are_asked_through_the_tunnel_whatever_resolver_an_application_bel
     assert ask("10.1.0.1", "question6", seconds=0.3) is None
 
 
+@pytest.mark.parametrize("keep", [CLIENT["MPT_KEEP"], ""])
+def test_questions_may_leave_past_the_tunnel_for_a_while(setup: Setup, keep: str) -> None:
+    def interface(target: str, more: str = "") -> str:
+        return setup.machine.sh(f"ip -o route get {target} {more}").split(" dev ")[1].split()[0]
+
+    targets = ("8.8.8.8", "2001:4860:4860::8888")
+    setup.do("client", "up", {**CLIENT, "MPT_DNS": "9.9.9.9", "MPT_KEEP": keep})
+    before = setup.machine.look()
+    for _ in "outside", "outside again":
+        setup.do("client", "dns", {"MPT_DNS": "", "MPT_OUTSIDE": "1"})
+        for target in targets:
+            assert {interface(target, f"ipproto {kind} dport 53") for kind in ("udp", "tcp")} == {"wifi"}
+            assert interface(target) == interface(target, "ipproto udp dport 443") == "mpt0"
+    setup.do("client", "keep")
+    assert interface("8.8.8.8", "ipproto udp dport 53") == "wifi"
+    setup.do("client", "dns", {"MPT_DNS": "9.9.9.9", "MPT_OUTSIDE": "0", "MPT_SERVERS": CLIENT["MPT_SERVERS"]})
+    assert {interface(target, "ipproto udp dport 53") for target in targets} == {"mpt0"}
+    assert setup.machine.look() == before
+    setup.do("client", "dns", {"MPT_DNS": "", "MPT_OUTSIDE": "1"})
+    setup.do("client", "up", {**CLIENT, "MPT_DNS": "9.9.9.9", "MPT_KEEP": keep})
+    assert setup.machine.look() == before, "what a killed run has left is gone"
+
+
 def test_other_hosts_use_the_tunnel_under_its_address_and_nobody_reaches_that_from_outside(
     two: tuple[Setup, Machine],
 ) -> None:

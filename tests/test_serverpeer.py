@@ -22,7 +22,7 @@ from mptunnel.messages import (
     Use,
     decode_probe_untrusted,
 )
-from mptunnel.path import PathState
+from mptunnel.path import MAX_SEQ, PathState
 from tests.bookpeer import BookPeer
 from tests.simnet import (
     CLIENT_KEY,
@@ -124,6 +124,69 @@ def test_a_packet_ends_the_patience() -> None:
     net.run(6.0)
     assert [packet for _, packet in net.at_server] == [PACKET]
     assert net.at_server[0][0] - begun < 0.3
+
+
+@pytest.mark.parametrize("silence", [100.0, 140.0, 400.0])
+def test_a_packet_hurries_a_patient_handshake_whose_response_was_lost(silence: float) -> None:
+    net = Simnet(Wire())
+    net.run(60.0)
+    net.wires[0].is_cut = True
+    net.run(silence)
+    while not initiations(net, 0, net.now - 0.1):  # the next one arrives, its response does not
+        net.run(0.05)
+        net.wires[0].is_cut = False
+        net.wires[0].cuts_down = True
+    net.run(6.0)
+    net.wires[0].cuts_down = False
+    begun = net.now
+    net.client_sends(PACKET)
+    net.run(6.0)
+    assert [packet for _, packet in net.at_server] == [PACKET]
+    assert net.at_server[0][0] - begun < 5.5
+
+
+def test_hello_that_went_unanswered_in_an_outage_is_said_again_when_that_ends() -> None:
+    net = Simnet(Wire(delay=0.05, largest=1400), Wire(delay=0.3))
+    net.run(120.0)
+    traffic = Traffic(net, 50.0)
+    traffic.start(60.0)
+    net.run(3.0)
+    net.kill_server()
+    net.peer.change_hello(net.now, net.client.out)
+    net.run(20.0)
+    net.start_server()
+    net.run(20.0)
+    assert net.guest.is_multipath
+    assert traffic.lost("up", since=net.now - 10.0, until=net.now - 1.0) == 0
+
+
+def test_hello_that_went_unanswered_is_said_again_by_the_same_session() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(120.0)
+    traffic = Traffic(net, 50.0)
+    traffic.start(60.0)
+    net.run(3.0)
+    net.wires[0].is_cut = net.wires[1].is_cut = True
+    net.peer.change_hello(net.now, net.client.out)
+    net.run(12.0)
+    net.wires[0].is_cut = net.wires[1].is_cut = False
+    net.run(3.0)
+    assert net.peer._hello_is_answered
+
+
+def test_a_path_that_has_probed_too_often_for_its_numbers_begins_a_new_incarnation() -> None:
+    net = Simnet(Wire(), Wire())
+    traffic = Traffic(net, 50.0)
+    traffic.start(8.0)
+    net.run(2.0)
+    for path, of_server in zip(net.client.paths.values(), net.guest.paths.values(), strict=True):
+        path._seq, of_server.number = MAX_SEQ - 3, (1 << 32) - 6
+    before = [path.incarnation for path in net.client.paths.values()]
+    net.run(9.0)
+    assert traffic.is_whole()
+    assert [path.incarnation for path in net.client.paths.values()] != before
+    assert [path.state for path in net.client.paths.values()] == [PathState.UP] * 2
+    assert max(path.number for path in net.guest.paths.values()) < 100
 
 
 def test_no_initiation_follows_an_answered_one_within_a_second() -> None:

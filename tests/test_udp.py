@@ -92,6 +92,44 @@ def test_a_kernel_that_refuses_runs_gets_single_datagrams(
     assert take_all(server, 100) == [b"a" * 50, b"b" * 50]
 
 
+def test_one_address_that_is_no_longer_ours_leaves_runs_to_all_others(server: ServerSocket, path: Opener) -> None:
+    client = path()
+    client.send(b"1", 1)
+    _, _, source = take(server)
+    assert server.send(source, b"a" * 100, 50) == (0, "")
+    gone = ip_address("2001:db8::1" if server.has_ipv6 else "192.0.2.1").packed
+    lost = Endpoint(source.host, source.port, 0, gone + bytes(4) if server.has_ipv6 else gone)
+    assert server.send(lost, b"b" * 100, 50) == (2, "EINVAL")
+    assert server.sends_runs
+    assert server.send(source, b"c" * 100, 50) == (0, "")
+
+
+def test_an_icmp_message_about_the_size_of_an_earlier_datagram_costs_none(
+    server: ServerSocket, path: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = path()
+
+    class Told:
+        """A socket whose next call brings the message, and whose next but one does what it should."""
+
+        def __init__(self, real: socket.socket) -> None:
+            self.close, self._real, self._pending = real.close, real, True
+
+        def send(self, datagram: bytes) -> int:
+            if self._pending:
+                self._pending = False
+                raise OSError(errno.EMSGSIZE, "message too long")
+            return self._real.send(datagram)
+
+    monkeypatch.setattr(client, "_socket", Told(client._socket))
+    assert client.send_one(b"small") == ""
+    assert take(server)[0] == b"small"
+
+
+def test_a_datagram_that_is_too_long_is_told_so(path: Opener) -> None:
+    assert path().send_one(bytes(65508)) == "EMSGSIZE"
+
+
 @pytest.mark.parametrize("asked", ["127.0.0.1", "127.0.0.9"])
 def test_the_server_answers_from_the_address_it_was_asked_on(server: ServerSocket, asked: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
