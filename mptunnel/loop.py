@@ -63,6 +63,7 @@ QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: tw
 PEACE: Final = 0.0004  # s without packets: time for what is due
 LATEST: Final = 0.002  # s that it may wait for that
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
+QUEUE_FULL: Final = "receive queue full"  # among the drops
 _NOTHING: list[int] = []
 
 R = TypeVar("R", bound="Client | Server")
@@ -189,6 +190,7 @@ class Loop(Generic[R]):
         if moment >= self._wall_at:
             self._wall_at = self._own_due = moment + WALL_INTERVAL
             self._role.wall_is(moment, time.time())
+            self._count_overruns()
 
     # -- descriptors -----------------------------------------------------------------------------------
 
@@ -360,6 +362,12 @@ class Loop(Generic[R]):
                 pending.finish(answer)
         self._role.job_done(job, result, moment)
 
+    def _count_overruns(self) -> None:
+        """Count what our own receive queues had no room for."""
+        new = sum(sock.take_overruns() for sock in self._sockets_in_use())
+        if new:
+            self._role.drops[QUEUE_FULL] += new
+
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         raise NotImplementedError
 
@@ -403,6 +411,7 @@ class Loop(Generic[R]):
     def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
         if verb == "events":
             return Listening({"device": self._tun.name})
+        self._count_overruns()
         reply = self._role.control(verb, Fields(arguments, verb), now())
         if verb == "status":
             return self._with_what_we_know(reply.result)
@@ -415,7 +424,6 @@ class Loop(Generic[R]):
     def _with_what_we_know(self, status: dict[str, Any]) -> dict[str, Any]:
         """Complete the status object: the process, offloads, and what was lost in queues of our own host."""
         queues = {
-            "receive queue full": sum(sock.overruns for sock in self._sockets_in_use()),
             "device queue full": netlink.device_drops(self._tun.name),
             "event not told to --on-event": self._hook.dropped if self._hook is not None else 0,
         }
@@ -483,6 +491,13 @@ class ClientLoop(Loop["Client"]):
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return list(self._sockets.values())
+
+    def _count_overruns(self) -> None:
+        """See `Loop._count_overruns`; what came that far was not lost by its path."""
+        for number, sock in self._sockets.items():
+            if new := sock.take_overruns():
+                self._role.drops[QUEUE_FULL] += new
+                self._role.overrun(number, new)
 
     def _take_frames(self, frames: list[memoryview], moment: float) -> None:
         self._look_at_queues(moment)

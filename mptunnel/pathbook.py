@@ -6,8 +6,9 @@ command line names with `-i` is there after every start, whatever was taken off 
 
 **Metered.** Bytes are those of the path's datagrams with their IP and UDP headers, both directions together, by
 interface name: the same stick in another port is the same stick. A month begins on its reset day, in local time. The
-clock may be wrong: a new month counts as begun when the clock has shown it for ten minutes, and none ever counts as
-over because the clock went back. A month that began before clocks can have been right (1970 at boot) is only renamed.
+clock may be wrong: a new month counts as begun when the clock has shown it for ten minutes, or in two runs in a row,
+and none ever counts as over because the clock went back: then the count goes on under the month that it shows.
+A month that began before clocks can have been right (1970 at boot) is only renamed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Usage:
     period: int
     used: int
     reset_day: int
-    doubted_since: float | None = None  # since when the clock shows another month
+    shown: int = 0  # another month that the clock shows; 0: none
+    doubted_since: float | None = None  # since when it does in this run
 
 
 @dataclass(slots=True)
@@ -98,7 +100,13 @@ class PathBook:
             "paths": [said.to_document(uplink) for uplink, said in self.settings.items()],
             "taken_off": sorted(self.taken_off),
             "usage": [
-                {"interface": interface, "period": count.period, "used": count.used, "reset_day": count.reset_day}
+                {
+                    "interface": interface,
+                    "period": count.period,
+                    "used": count.used,
+                    "reset_day": count.reset_day,
+                    "shown": count.shown,
+                }
                 for interface, count in self.usage.items()
             ],
         }
@@ -119,8 +127,9 @@ class PathBook:
             )
         for entry in fields.entries("usage"):
             book.usage[entry.text("interface")] = Usage(
-                entry.whole("period"), entry.whole("used"), check_reset_day(entry.whole("reset_day"))
-            )
+                entry.whole("period"), entry.whole("used"), check_reset_day(entry.whole("reset_day")),
+                entry.whole("shown", 0),
+            )  # fmt: skip
         return book
 
     # -- what was carried ------------------------------------------------------------------------------
@@ -182,16 +191,20 @@ class PathBook:
         return month if day >= reset_day else month - 1
 
     def _turn(self, count: Usage, now: float) -> None:
-        """Begin a new month where the clock has shown it long enough; none ends because the clock goes back."""
+        """Begin another month where the clock has shown it long enough; none ends because the clock goes back."""
         period = self._period(count.reset_day)
-        if period <= count.period:
+        if period == count.period:
+            count.shown, count.doubted_since = 0, None
+        elif period < TRUE_CLOCK:
             count.doubted_since = None
         elif count.period < TRUE_CLOCK:
-            count.period, count.doubted_since = period, None
-        elif count.doubted_since is None:
-            count.doubted_since = now
-        elif now - count.doubted_since >= BELIEF:
-            count.period, count.used, count.doubted_since = period, 0, None
+            count.period, count.shown, count.doubted_since = period, 0, None
+        elif count.shown != period:
+            count.shown, count.doubted_since = period, now
+            self._unsaved += SAVE_BYTES
+        elif count.doubted_since is None or now - count.doubted_since >= BELIEF:  # None: the run before saw it too
+            count.used = 0 if period > count.period else count.used
+            count.period, count.shown, count.doubted_since = period, 0, None
             self._unsaved += SAVE_BYTES
 
 

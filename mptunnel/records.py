@@ -466,8 +466,10 @@ class Fields:
         """Return true or false."""
         return bool(self.value_of(name, bool, "true or false"))
 
-    def whole(self, name: str) -> int:
-        """Return a whole number, 0 or more."""
+    def whole(self, name: str, default: int | None = None) -> int:
+        """Return a whole number, 0 or more; `default` if there is none, as an earlier version wrote it."""
+        if default is not None and name not in self._document:
+            return default
         value = int(self.value_of(name, int, "a whole number"))
         if value < 0:
             raise ConfigError(f"{self._where}: {name!a} is below zero")

@@ -57,6 +57,7 @@ _PKTINFO6 = struct.Struct("=16sI")  # destination, interface
 _PKTINFO = frozenset({socket.IPV6_PKTINFO, _IP_PKTINFO})  # no two kinds that a socket of ours may bring are alike
 _DROPS = struct.Struct("=I")
 _ANCILLARY = 256
+_MOD32 = 1 << 32
 
 
 class PathError(Exception):
@@ -72,7 +73,7 @@ class Receiver:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._socket = sock
         self._buffer = memoryview(bytearray(LARGEST))
-        self.overruns = 0  # datagrams that our own receive queue had no room for
+        self._overruns = self._told_overruns = 0  # datagrams that our own receive queue had no room for
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
@@ -92,8 +93,13 @@ class Receiver:
         """Close the socket."""
         self._socket.close()
 
+    def take_overruns(self) -> int:
+        """Return how many datagrams our own receive queue had no room for since this was asked last."""
+        new, self._told_overruns = (self._overruns - self._told_overruns) % _MOD32, self._overruns
+        return new
+
     def _note_overruns(self, data: bytes) -> None:
-        (self.overruns,) = _DROPS.unpack_from(data)
+        (self._overruns,) = _DROPS.unpack_from(data)
 
     def _send_run(self, data: bytes | memoryview, size: int, ancillary: list[Any], *to: Any) -> bool:
         """Whether a run went out in one call; if not, it is to be sent singly. Raises OSError if that is no use."""

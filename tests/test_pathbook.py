@@ -64,6 +64,29 @@ def test_a_new_month_counts_only_after_the_clock_has_shown_it_for_ten_minutes() 
     assert book.used("wwan0") == 0
 
 
+def test_a_clock_that_was_ahead_does_not_keep_a_month_for_years() -> None:
+    book = metered(today=(2040, 1, 15))
+    book.carried("wwan0", "wwan0", 600)
+    assert later(book, 2027, 3, 15) == 1000, "nothing is forgotten"
+    assert book.is_spent("wwan0", "wwan0")
+    assert later(book, 2027, 4, 15, since=5000.0) == 0
+
+
+def test_a_month_is_believed_by_runs_that_are_shorter_than_that() -> None:
+    book = metered()
+    for used in (400, 0):
+        book = PathBook.from_document(book.to_document())
+        book.today_is(2027, 4, 15, 0.0)
+        assert book.used("wwan0") == used
+        assert book.wants_saving(SAVE_SPACING)
+    book = PathBook.from_document(metered().to_document())
+    for day in ((2040, 1, 1), (2027, 3, 20)):  # a clock that is wrong at each boot, until it is set
+        book.today_is(*day, 0.0)
+    book = PathBook.from_document(book.to_document())
+    book.today_is(2040, 1, 1, 0.0)
+    assert book.used("wwan0") == 400
+
+
 def test_what_was_carried_before_the_clock_was_set_belongs_to_the_month_that_it_then_shows() -> None:
     book = metered(today=(1970, 1, 1))
     book.today_is(2027, 3, 15, 30.0)

@@ -126,6 +126,26 @@ def test_an_icmp_message_about_the_size_of_an_earlier_datagram_costs_none(
     assert take(server)[0] == b"small"
 
 
+def test_what_our_own_queue_has_no_room_for_is_counted_once(server: ServerSocket, path: Opener) -> None:
+    client = path(offload=False)
+    client.send(b"1", 1)
+    _, _, source = take(server)
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    for _ in range(200):
+        assert server.send_one(source, bytes(1000)) == ""
+    came = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.receive()
+            came += 1
+    assert 0 < came < 200
+    server.send_one(source, b"one more, which brings the count")
+    assert select.select([client], [], [], 10.0)[0]
+    client.receive()
+    assert client.take_overruns() == 200 - came
+    assert client.take_overruns() == 0
+
+
 def test_a_datagram_that_is_too_long_is_told_so(path: Opener) -> None:
     assert path().send_one(bytes(65508)) == "EMSGSIZE"
 
