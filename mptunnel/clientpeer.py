@@ -36,6 +36,7 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.path import (
+    LARGE,
     LAST_RESORT,
     NOTICES,
     PROBE_INTERVAL,
@@ -109,6 +110,8 @@ class ClientPeer(Peer):
         if not self.is_multipath:
             return self._choose_endpoint(count, size, now)
         carriers = self._carriers(now)
+        if size >= LARGE:
+            carriers = [path for path in carriers if not path.is_small(now)] or carriers
         allot(carriers, count, size, now)
         chosen = []
         for path, given in self._scheduler.choose(count, size, carriers):
@@ -118,11 +121,15 @@ class ClientPeer(Peer):
                 path.idle_room -= fits * size
             if fits:
                 chosen.append((path, path.endpoint, fits))
+                if size >= LARGE:
+                    path.gives_large(fits, now)
         return chosen
 
     def _free_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
         carriers = self._carriers(now) if self.is_multipath else []
-        is_free = all(path.state is PathState.FRESH and not path.is_limited(now) for path in carriers)
+        is_free = all(
+            path.state is PathState.FRESH and not path.is_limited(now) and not path.is_small(now) for path in carriers
+        )
         return [(path, path.endpoint) for path in carriers] if is_free else []
 
     def _choose_endpoint(self, count: int, size: int, now: float) -> Sequence[tuple[None, Any, int]]:

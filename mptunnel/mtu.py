@@ -3,7 +3,8 @@
 It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at the same
 size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is the least
 of what the paths that are up carry; after its first change it rises only after a minute. In use, each path is shown its
-size again every 2 s; where it does not pass any more, the tunnel's MTU falls to 1280 at once.
+size again every 2 s; where it does not pass any more, the tunnel's MTU falls to 1280 at once. A path that does not
+carry 1280 either is small: it does not count, and gets what is smaller.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class TunnelMtu:
         step, path.proof_tries = path.proof_tries // PROOF_TRIES, path.proof_tries + 1
         if step < len(sizes):
             return sizes[step]
+        path.is_small = True
         return 0
 
     def consider(self, paths: Iterable[ClientPath], answered_at: float, now: float) -> None:

@@ -63,6 +63,8 @@ LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
 UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
 UNASKED_INTERVAL: Final = 0.25  # never lapses
+LARGE: Final = MIN_MTU + OVERHEAD  # bytes of UDP payload: a path that carries no such is small
+SMALL_AFTER: Final = (16, 3.0)  # large datagrams, s: none of which has arrived
 CHALLENGE_LIFETIME: Final = 3.0  # s for which a candidate is sent the same bytes
 ANSWER_WITHIN: Final = 8.0  # s: a path whose round trip is longer than the 3 s can be bound too
 CHALLENGE_SPACING: Final = 0.25
@@ -283,9 +285,9 @@ class ClientPath(Path):
 
     __slots__ = (
         "_answered", "_bytes_since_probe", "_given", "_pending", "_reached", "_sampled", "_seq", "_was_challenged",
-        "address", "carries", "echoed", "heard_at", "interface", "is_open", "label", "last_probe_at", "min_rtt", "name",
-        "padded_at", "port", "probe_at", "proof_tries", "proven_at", "queue", "reached_at", "seen_as", "silent_since",
-        "told_use", "unanswered", "use", "waiting", "was_padded", "way_down",
+        "address", "carries", "echoed", "heard_at", "interface", "is_open", "is_small", "label", "last_probe_at",
+        "min_rtt", "name", "padded_at", "port", "probe_at", "proof_tries", "proven_at", "queue", "reached_at",
+        "seen_as", "silent_since", "told_use", "unanswered", "use", "waiting", "was_padded", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -303,6 +305,7 @@ class ClientPath(Path):
         self.waiting = SendQueue()
         self.seen_as: tuple[str, int] | None = None
         self.carries = 0  # the largest inner packet that was shown to pass both ways
+        self.is_small = False  # it has not carried a packet of 1280 bytes
         self.proof_tries = 0  # how often a full-size probe has been sent for that, unanswered
         self.proven_at = -_INF  # when that was shown last
         self._restart_counts(now)
@@ -337,6 +340,7 @@ class ClientPath(Path):
         self.incarnation = incarnation
         self.is_open = True
         self.carries = self.proof_tries = 0
+        self.is_small = False
         self.min_rtt = _INF
         self.rtt = self.jitter = None
         self.way_out, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
@@ -579,14 +583,16 @@ class ClientPath(Path):
             self._given = (now, tx, packets)
         elif now - said_at > GIVEN_SPAN and sealed < _MOD32 // 2:
             self._given = (now, tx, packets)
-            if self.use is Use.DATA and sealed >= GIVEN_PACKETS and given < GIVEN_SHARE * sealed:
+            is_expected = self.use is Use.DATA and not self.is_small
+            if is_expected and sealed >= GIVEN_PACKETS and given < GIVEN_SHARE * sealed:
                 self._withheld_at = now
 
     def answered(self, now: float) -> bool:
         """The path works both ways; return whether that is news."""
+        was_up = self.is_up
         if not self._enter(PathState.SLOW if self.yields(now) else PathState.UP, now):
             return False
-        if not self.carries:
+        if not self.carries and not was_up:
             self.proof_tries = 0
         return True
 
@@ -621,10 +627,9 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
+        "_heard", "_large", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
         "candidate", "carried_down", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_slow",
-        "is_told_up", "number",
-        "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
+        "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -634,6 +639,7 @@ class ServerPath(Path):
         self.candidate: Candidate | None = None
         self.is_told_up = self.is_told_slow = False  # by a notice
         self.carried_down = 0  # longest UDP payload that the client has received here in this incarnation
+        self._large = (_INF, 0)  # since when it is given datagrams that a small path does not carry, and how many
         self._order = (-1, -1)  # session and counter of the newest probe
         self._heard = -_INF
         self.refreshed_at = -_INF
@@ -710,6 +716,7 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
+            self._large = (_INF, 0)
             self.cap, self.way_out, self.room = Cap(), Delay(), None
             self._queue_of = self._took = (0, 0.0)
             self._least_took = None
@@ -798,6 +805,16 @@ class ServerPath(Path):
     def carries_down(self) -> bool:
         """Whether the client has shown by its last probes here that it hears us here."""
         return self._unheard < DOWN_PROBES
+
+    def gives_large(self, count: int, now: float) -> None:
+        """It is given `count` datagrams that a small path does not carry."""
+        since, before = self._large
+        self._large = (min(since, now), before + count)
+
+    def is_small(self, now: float) -> bool:
+        """Whether none of the many large datagrams that it was given has ever come to the client."""
+        since, count = self._large
+        return self.carried_down < LARGE and count > SMALL_AFTER[0] and now - since > SMALL_AFTER[1]
 
     @property
     def mtu(self) -> int | None:

@@ -50,7 +50,7 @@ from mptunnel.messages import (
 )
 from mptunnel.mtu import PROVE_AGAIN, TunnelMtu, refused
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import FOLLOW_UP, NOTICES, PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.path import FOLLOW_UP, LARGE, NOTICES, PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant, allot
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
@@ -245,12 +245,15 @@ class ServerPeer(Peer):
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
+        if size >= LARGE:
+            carriers = [path for path in carriers if not path.is_small] or carriers
         allot(carriers, count, size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
     def _free_ways(self, now: float) -> list[tuple[ClientPath, Any]]:
         carriers = self._carriers(now)
-        return [] if any(path.is_limited(now) for path in carriers) else [(path, path.id) for path in carriers]
+        is_free = not any(path.is_limited(now) or path.is_small for path in carriers)
+        return [(path, path.id) for path in carriers] if is_free else []
 
     def _carriers(self, now: float) -> list[ClientPath]:
         if self.takes_one_copy:
@@ -585,7 +588,7 @@ class ServerPeer(Peer):
             self.tell_path(path, now, rtt_ms=round((path.rtt or 0) * 1e3, 3))
             path.probe_at = min(path.probe_at, now)  # what size does it carry?
         if path.carries <= proven <= size and proven:  # it came back as long as the probe was
-            path.carries, path.proven_at, path.proof_tries = proven, now, 0
+            path.carries, path.proven_at, path.proof_tries, path.is_small = proven, now, 0, False
             self._consider_mtu(now)
 
     def _review(self, path: ClientPath, at_us: int, given: tuple[int, int], delivered: int | None, now: float) -> None:

@@ -302,6 +302,12 @@ def test_paths_are_added_named_metered_and_taken_off_by_the_command_line(make_tu
     first, second = json.loads(tunnel.must("cl", "paths", "list", "--json"))
     assert first["metered"]["used"] > 400 * 200  # what went before the restart is counted still
     assert (second["label"], second["priority"], second["added"]) == ("van", "standby", True)
+    near = f"{first['metered']['used'] // 1000 + 60}kB"
+    tunnel.must("cl", "paths", "metered", "p1", near, "--reset-day", "7")
+    assert tunnel.status()["paths"][0]["use"] == "data"
+    check_whole("path 1 reaches its limit", Datagrams(tunnel.lab, 1.2, rate=300).finish())
+    wait_until(lambda: tunnel.status()["paths"][0]["use"] == "standby", "path 1 stands by, for it is spent")
+    tunnel.must("cl", "paths", "metered", "p1", "off")
     tunnel.must("cl", "paths", "remove", "van")
     wait_until(lambda: set(tunnel.paths()) == {"p1"}, "path 2 is gone")
     code, _, said = tunnel.do("sv", "paths", "list")

@@ -147,6 +147,21 @@ def test_what_was_set_and_carried_is_on_the_disk_after_a_clean_stop() -> None:
     assert book.of("w0").limit == 5 * 10**9
 
 
+def test_what_was_carried_is_on_the_disk_after_a_kill_but_for_the_last_minute() -> None:
+    net = running()
+    net.client.today_is(2027, 3, 15, net.now)
+    ask(net, "paths-metered", path="w0", limit="5GB", reset_day=3)
+    traffic = Traffic(net, size=1000)
+    traffic.start(200.0)
+    for _ in range(200):
+        net.run(1.0)
+        net.client.today_is(2027, 3, 15, net.now)
+    used = ask(net, "paths-list")[0]["metered"]["used"]
+    name = next(name for name in net.saved if name.startswith("client/paths/"))
+    kept = PathBook.from_document(net.saved[name]).used("w0")
+    assert 0.65 * used < kept < used
+
+
 def test_an_uplink_is_added_and_taken_off_while_the_tunnel_runs() -> None:
     settings = ClientSettings(server="sim.example", interfaces=("w0",))
     net = running(Wire(), Wire(), settings=settings)

@@ -630,6 +630,33 @@ def test_a_path_below_1280_carries_what_fits_and_does_not_count() -> None:
     assert traffic.is_whole()
 
 
+@pytest.mark.parametrize("rate", [50.0, 400.0])
+def test_a_path_below_1280_is_given_what_it_may_carry_and_nothing_larger(rate: float) -> None:
+    net = Simnet(Wire(), Wire(largest=1300))
+    traffic = Traffic(net, rate, size=1300)
+    traffic.run(40.0)
+    assert traffic.is_whole()
+    begun = net.now
+    traffic.run(5.0)
+    for side in ("up", "down"):
+        given = [datagram for _, datagram in net.sent(TRANSPORT, side, 1, begun)]
+        assert all(len(datagram) < 1312 for datagram in given), side
+    assert net.client.paths[1].cap.rate is None, "so what is lost there is no reason to give it less"
+    begun = net.now
+    traffic = Traffic(net, rate, size=600)
+    traffic.run(5.0)
+    for side in ("up", "down"):
+        assert len(net.sent(TRANSPORT, side, 1, begun)) > 5.0 * rate
+    net.wires[1].largest = 65535
+    net.set_link(1, up=False)
+    net.set_link(1, up=True)
+    net.run(5.0)
+    begun = net.now
+    Traffic(net, rate, size=1300).run(5.0)
+    for side in ("up", "down"):
+        assert len([d for _, d in net.sent(TRANSPORT, side, 1, begun) if len(d) > 1312]) > 4.5 * rate
+
+
 def test_a_size_counts_only_if_the_echo_was_as_long_as_the_probe() -> None:
     net = Simnet(Wire())
     net.tap = lambda side, _, datagram: None if side == "down" and len(datagram) > 1400 else datagram
