@@ -44,6 +44,7 @@ from mptunnel.path import (
     Allowance,
     PathState,
     ServerPath,
+    records,
 )
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant, allot
@@ -393,7 +394,7 @@ class ClientPeer(Peer):
         """Answer a probe on its path, or (None) show that the way down is there."""
         if probe is None:
             path.shown_at = now
-        others = tuple(other.record(now) for other in self._bound.values() if other is not path)
+        others = records(path, self._bound.values(), now, is_idle=path.interval > 1.0)
         host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
         sent_us = self._now_us(now)
         plain = Echo(

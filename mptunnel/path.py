@@ -36,7 +36,7 @@ from mptunnel.messages import NO_NEWS, OVERHEAD, Probe, Record, Use, seconds_bet
 from mptunnel.packet import MIN_MTU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from ipaddress import IPv4Address, IPv6Address
 
 PROBE_INTERVAL: Final = 0.25
@@ -54,6 +54,7 @@ FRESH_FOR: Final = 3.0
 MAX_RTT: Final = 5.0  # s: what a client may claim; it keeps a path fresh for four times as long
 IDLE_SLACK: Final = 5.0
 IDLE_BYTES: Final = 16 * 1024
+IDLE_RECORDS: Final = 3  # that a message takes along in idleness, so that many paths cost no more each than four
 YIELDS_FOR: Final = 1.0  # s after the last copy that was withheld: the path is called slow
 GIVEN_SPAN: Final = 0.5  # s, packets: over what it is judged whether the server withholds copies
 GIVEN_PACKETS: Final = 20
@@ -853,6 +854,16 @@ class ServerPath(Path):
         if self.state is PathState.IDLE:
             return self.refreshed_at + self.interval + IDLE_SLACK + _TICK
         return min(self.unasked_at, self.refreshed_at + max(FRESH_FOR, 4 * (self.rtt or 0.0)) + _TICK)
+
+
+def records(
+    path: Path, paths: Collection[ClientPath] | Collection[ServerPath], now: float, *, is_idle: bool
+) -> tuple[Record, ...]:
+    """Return what a message on `path` says of the others: in idleness, where bytes count, of those heard last only."""
+    found = [other.record(now) for other in paths if other is not path]
+    if is_idle and len(found) > IDLE_RECORDS:
+        found = sorted(found, key=lambda record: record.age_ms)[:IDLE_RECORDS]
+    return tuple(found)
 
 
 def _may_be_so_old(record: Record, age: float) -> bool:

@@ -31,7 +31,6 @@ from mptunnel import messages, standby
 from mptunnel.cap import review
 from mptunnel.events import Notice, NoticeKind
 from mptunnel.messages import (
-    MAX_PATHS,
     PROTOCOL_VERSION,
     WHOLE_SESSION,
     Address,
@@ -50,7 +49,7 @@ from mptunnel.messages import (
 )
 from mptunnel.mtu import PROVE_AGAIN, TunnelMtu, refused
 from mptunnel.packet import MIN_MTU
-from mptunnel.path import FOLLOW_UP, LARGE, NOTICES, PROBE_INTERVAL, ClientPath, PathState
+from mptunnel.path import FOLLOW_UP, LARGE, NOTICES, PROBE_INTERVAL, ClientPath, PathState, records
 from mptunnel.peer import Identity, Peer
 from mptunnel.scheduler import Redundant, allot
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_TIMEOUT
@@ -626,7 +625,7 @@ class ServerPeer(Peer):
         is_shown_again = self.in_use(now) and path.use is Use.DATA and bool(is_data_recent)
         padded = self._mtu.size_to_prove(path, self.mtu, now, is_shown_again=is_shown_again)
         self._adopt_mtu()
-        others = tuple(other.record(now) for other in self._open_paths() if other is not path)[: MAX_PATHS - 1]
+        others = records(path, self._open_paths(), now, is_idle=not in_use)
         plain = path.next_probe(now, interval, self._now_us(now), self.packets_sent, others, padded, use)
         self._send_control(plain, path.id, path, now, out)
 

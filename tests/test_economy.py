@@ -40,7 +40,7 @@ def carried(net: Simnet) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("paths", [1, 2, 4])
+@pytest.mark.parametrize("paths", [1, 2, 4, 8])
 @pytest.mark.parametrize(("interval", "limit"), [(25.0, 35.0), (300.0, 6.0)])
 def test_an_idle_path_costs_little_in_a_month(
     paths: int, interval: float, limit: float, caplog: pytest.LogCaptureFixture
