@@ -295,6 +295,9 @@ class Loop(Generic[R]):
         is_there = None if self._tables is None else self._tables.drain()
         if is_there is not None:
             self._role.table_seen(moment, is_there=is_there)
+        if self._tables is not None and self._tables.have_others_come:
+            self._tables.have_others_come = False
+            self._role.chains_came(moment)
         return False
 
     def _stop(self) -> None:

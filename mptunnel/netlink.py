@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18
 _HEADER: Final = struct.Struct("=IH10x")  # length, type | flags, sequence, port (linux/netlink.h)
 _NEWS: Final = frozenset({16, 17, 20, 21, 24, 25, 32, 33})  # RTM_NEW and _DEL of LINK, ADDR, ROUTE, RULE
+_OURS: Final = b"mptunnel_mpt"
 _NETFILTER: Final = 12  # linux/netlink.h: NETLINK_NETFILTER
 _TABLES_GROUP: Final = 1 << 6  # linux/netfilter/nfnetlink.h: NFNLGRP_NFTABLES
 _TABLE_EVENTS: Final = {10 << 8: True, 10 << 8 | 2: False}  # NFNL_SUBSYS_NFTABLES: NFT_MSG_NEWTABLE, NFT_MSG_DELTABLE
+_CHAIN_EVENT: Final = 10 << 8 | 3  # NFT_MSG_NEWCHAIN, whose NFTA_CHAIN_TABLE is attribute 1 too
 _NFGENMSG: Final = 4  # family, version, resource id; then attributes, of which NFTA_TABLE_NAME is 1
 _ATTRIBUTE: Final = struct.Struct("=HH")  # length, type
 _BUFFER: Final = 1 << 16
@@ -75,12 +77,16 @@ class Monitor:
 
 
 class TableWatch:
-    """A socket that becomes readable when an nft table goes or comes. Raises OSError where that is not to be had."""
+    """A socket that becomes readable when nft tables go or come. Raises OSError where that is not to be had.
 
-    __slots__ = ("_socket", "_table")
+    `have_others_come`: somebody else has made chains, or may have; whoever takes that up sets it back.
+    """
+
+    __slots__ = ("_socket", "_table", "have_others_come")
 
     def __init__(self, table: str) -> None:
         self._table = table.encode("ascii")
+        self.have_others_come = False
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETFILTER)
         try:
             self._socket.bind((0, _TABLES_GROUP))
@@ -101,6 +107,7 @@ class TableWatch:
         for data in _events(self._socket):
             last = False if data is None else parse_table_events(data, self._table)
             news = news if last is None else last
+            self.have_others_come = self.have_others_come or data is None or has_chain_of_others(data)
         return news
 
     def close(self) -> None:
@@ -125,15 +132,29 @@ def _events(sock: socket.socket) -> Iterator[bytes | None]:
 
 def parse_table_events(data: bytes, table: bytes) -> bool | None:
     """Return whether netlink messages leave an nft table there or gone; None: they do not speak of it."""
-    news, at = None, 0
+    news = None
+    for kind, name in _nft_events(data):
+        if kind in _TABLE_EVENTS and name == table:
+            news = _TABLE_EVENTS[kind]
+    return news
+
+
+def has_chain_of_others(data: bytes) -> bool:
+    """Whether netlink messages tell of a new nft chain in a table that is no instance's of ours."""
+    return any(
+        kind == _CHAIN_EVENT and name is not None and not name.startswith(_OURS) for kind, name in _nft_events(data)
+    )
+
+
+def _nft_events(data: bytes) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the kind of each netlink message, and the table that it speaks of."""
+    at = 0
     while at + _HEADER.size <= len(data):
         length, kind = _HEADER.unpack_from(data, at)
         if not _HEADER.size <= length <= len(data) - at:
             break
-        is_table = kind in _TABLE_EVENTS and _attribute(data[at + _HEADER.size + _NFGENMSG : at + length], 1) == table
-        news = _TABLE_EVENTS[kind] if is_table else news
+        yield kind, _attribute(data[at + _HEADER.size + _NFGENMSG : at + length], 1)
         at += -(-length // 4) * 4
-    return news
 
 
 def _attribute(data: bytes, wanted: int) -> bytes | None:

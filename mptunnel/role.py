@@ -246,6 +246,9 @@ class Role:
     def _forget_answers_of(self, peer: Peer) -> None:
         self._answered = {ephemeral: kept for ephemeral, kept in self._answered.items() if kept is not peer}
 
+    def chains_came(self, now: float) -> None:
+        """Hook: others have made nft chains on this host."""
+
     # -- what the roles know ---------------------------------------------------------------------------
 
     def _peer_with(self, public: bytes, now: float) -> Peer | None:

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
 _DESTINATION: Final = slice(VNET_SIZE + 16, VNET_SIZE + 20)  # of an IPv4 packet, in its frame
+ADMIT_AFTER: Final = 1.0  # s after another firewall has made chains: it may still be making them
+ADMIT_SPACING: Final = 5.0
 MAX_REFUSED: Final = 256  # endpoints remembered
 REFUSAL_SPACING: Final = 1.0  # a thief of a token must not fill the log
 
@@ -103,6 +105,7 @@ class Server(Role):
         self._refusal_told_at = -INF
         self._setup = setup
         self._mend_at = INF
+        self._admit_at, self._admitted_at = INF, -INF
         self._upkeep = Upkeep(device)
         if setup is not None:
             self._upkeep.gateway_asked()
@@ -119,6 +122,11 @@ class Server(Role):
         """Our nft table has just gone, or has come."""
         self._upkeep.table_seen(now, is_there=is_there)
         self._mend_at = self._upkeep.next_deadline()
+
+    def chains_came(self, now: float) -> None:
+        """A firewall that has been started, or has read its rules again, may drop what we forward."""
+        if self._setup is not None and self._admit_at == INF:
+            self._admit_at = max(now + ADMIT_AFTER, self._admitted_at + ADMIT_SPACING)
 
     def send(self, frames: Sequence[memoryview], now: float) -> None:
         """Take frames from the device; what consecutive ones hold for one client goes there as a batch."""
@@ -159,7 +167,7 @@ class Server(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self.ledger.due, self._mend_at)
+        due = min(self.ledger.due, self._mend_at, self._admit_at)
         return min(self._heap[0][0], due) if self._heap else due
 
     def handle_timeout(self, now: float) -> None:
@@ -176,6 +184,9 @@ class Server(Role):
             self._after(peer, now)
         if now >= self._mend_at:
             self._mend(now)
+        if now >= self._admit_at:
+            self._admit_at, self._admitted_at = INF, now
+            self._events.append(RunScript("admit", {}))
 
     def _mend(self, now: float) -> None:
         """Make the gateway again, whose nft table others have removed."""
@@ -210,6 +221,8 @@ class Server(Role):
                 log.warning("cannot put back the gateway: %s", result)
             self._upkeep.script_done(TUNNEL)
             self._mend_at = self._upkeep.next_deadline()
+        if isinstance(job, RunScript) and job.verb == "admit" and isinstance(result, Exception):
+            log.warning("another firewall may drop what is forwarded: %s", result)
         if not isinstance(job, SaveState):
             return
         failed = isinstance(result, Exception)

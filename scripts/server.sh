@@ -5,6 +5,7 @@
 #
 # up          addresses, forwarding, masquerade and the rules of the gateway; again, with other values,
 #             replaces what was
+# admit       only: chains of other firewalls let our device through; for after one of them has started anew
 # peer-up     the way to one client, with the MTU its paths carry; again: another MTU
 # peer-down   forget that
 # down        take everything back; harmless where there is nothing, or only a part
@@ -182,6 +183,7 @@ main() {
     command -v ip >/dev/null || fail 'ip: not found; install iproute2'
     case ${1:-} in
         up) up ;;
+        admit) admit ;;
         peer-up) peer replace " mtu $MPT_MTU" ;;
         peer-down) peer del '' ;;
         down) down ;;

@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from mptunnel import netlink
 from mptunnel.config import Gateway, Link
 from mptunnel.errors import HostError
-from mptunnel.netlink import Monitor, TableWatch, parse_connections, parse_links, parse_table_events, snapshot
+from mptunnel.netlink import (
+    Monitor,
+    TableWatch,
+    has_chain_of_others,
+    parse_connections,
+    parse_links,
+    parse_table_events,
+    snapshot,
+)
 from tests.machines import machines
 
 if TYPE_CHECKING:
@@ -315,6 +323,20 @@ HANDLE = struct.pack("=HHQ", 12, 4, 7)
 )
 def test_of_the_tables_events_the_last_one_that_speaks_of_ours_counts(messages: list[bytes], news: bool | None) -> None:
     assert parse_table_events(b"".join(messages), OURS) is news
+
+
+@pytest.mark.parametrize(
+    ("messages", "have_come"),
+    [
+        ([nft_event(NEW_CHAIN, b"firewalld")], True),
+        ([nft_event(NEW_TABLE, b"filter"), nft_event(NEW_CHAIN, b"filter")], True),
+        ([nft_event(NEW_CHAIN, OURS), nft_event(NEW_CHAIN, ANOTHER)], False),
+        ([nft_event(NEW_TABLE, b"filter"), nft_event(DELETED_RULE, b"filter")], False),
+        ([nft_event(NEW_CHAIN, b"firewalld")[:-9]], False),
+    ],
+)
+def test_new_chains_of_others_are_seen(messages: list[bytes], *, have_come: bool) -> None:
+    assert has_chain_of_others(b"".join(messages)) is have_come
 
 
 def test_a_table_of_which_events_were_lost_counts_as_gone() -> None:

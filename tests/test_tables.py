@@ -44,3 +44,31 @@ def test_a_flush_of_the_whole_ruleset_is_put_right(make_tunnel: Maker, place: st
     assert tunnel.log(place).count("firewall rules of ours are gone") == 1
     later = Datagrams(tunnel.lab, 0.5, rate=300).finish()
     assert [flow.lost for flow in later] == [0, 0]
+
+
+FIREWALL = """add table inet firewalld
+add chain inet firewalld forward { type filter hook forward priority 10; policy accept; }
+add rule inet firewalld forward ct state established,related accept
+add rule inet firewalld forward reject"""
+
+
+def test_a_firewall_that_starts_or_reads_its_rules_again_lets_our_traffic_through(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=98)
+    tunnel.begin()
+    comment = 'comment "mptunnel mpt0"'
+    for number in range(2):  # it starts; then it reads its rules again
+        again = "delete table inet firewalld\n" if number else ""
+        begun = time.monotonic()
+        for line in (again + FIREWALL).splitlines():
+            tunnel.lab.run("sv", ["nft", line])
+        shown = wait_until(
+            lambda: (
+                text if comment in (text := tunnel.lab.run("sv", ["nft", "list", "table", "inet", "firewalld"])) else ""
+            ),
+            "it lets us through",
+        )
+        note(f"another firewall has come: let through after {time.monotonic() - begun:.2f} s")
+        assert shown.count(comment) == 2
+        flows = Datagrams(tunnel.lab, 0.5, rate=300).finish()
+        assert [flow.lost for flow in flows] == [0, 0]
+        time.sleep(4.0)  # it is not asked more often than every 5 s
