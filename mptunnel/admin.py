@@ -10,7 +10,7 @@ import time
 from ipaddress import ip_address, ip_interface
 from typing import TYPE_CHECKING, Any
 
-from mptunnel import control
+from mptunnel import control, netlink
 from mptunnel.config import (
     FALLBACK_DNS,
     NO_PSK,
@@ -23,6 +23,7 @@ from mptunnel.config import (
     encode_key,
     expire_tokens,
     forget_peers,
+    free_network,
     new_network,
     new_token,
     peers_to_document,
@@ -113,7 +114,7 @@ def _peer_add(state: StateDir, arguments: Fields, now: float) -> dict[str, Any]:
         raise ConfigError(f"public key {encode_key(key)} is of low order: no key pair has it") from None
     network = state.network()
     if network is None:
-        network = new_network(None, os.urandom)
+        network = new_network(free_network(netlink.snapshot()), os.urandom)
         state.save("server/network", network.to_document())
     peers = forget_peers(state.peers(), now)
     psk = os.urandom(len(NO_PSK)) if arguments.flag("psk") else NO_PSK

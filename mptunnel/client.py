@@ -399,7 +399,9 @@ class Client(Role):
     def _new_path(self, number: int, name: str, now: float) -> ClientPath:
         """Return a path that is new here, or the one that has left and comes back, with its port and its counts."""
         former = self._former.pop(name, None)
-        return former if former is not None and former.id == number else ClientPath(number, name, now)
+        path = former if former is not None and former.id == number else ClientPath(number, name, now)
+        path.label = self._desk.label_of(name)
+        return path
 
     def _tell_missing(self, path: ClientPath, now: float) -> None:
         uplink = self._uplinks.by_id[path.id]
@@ -549,11 +551,16 @@ class Client(Role):
             self._next_server(now)
 
     def _try_other_versions(self, now: float) -> None:
-        """A path that was never heard may be mute by this IP version only; each time it is, wait twice as long."""
+        """A path that was never heard may be mute by this IP version only; each time it is, wait twice as long.
+
+        Towards a stock server all paths are silent but one.
+        """
+        if self._state == "up" and not self._peer.speaks:
+            return
         for path in self.paths.values():
             if not path.is_open or path.address is None:
                 continue
-            if path.heard_at > -INF:
+            if path.was_heard:
                 self._turns[path.id] = 0
                 continue
             waited, turns = now - self._opened_at.get(path.id, now), self._turns.get(path.id, 0)
@@ -623,15 +630,16 @@ class Client(Role):
             self._review_state(now)
 
     def _said_hello(self) -> None:
-        record = self._membership.record
-        if not record.said_hello:
-            record.said_hello = True
+        record, addresses = self._membership.record, tuple(map(str, self._servers.known))
+        if not record.said_hello or set(record.addresses) != set(addresses):
+            record.said_hello, record.addresses = True, addresses
             self._save_record(record)
 
     def _closed(self, close: Close) -> None:
         if close.reason == CloseReason.NOT_ADMITTED:
             log.warning("%s admits us no more: join it again with a new token", self._membership_name())
             self._membership.record.joined = False  # so that a new one is used
+            self._membership.record.psk = noise.NO_PSK  # whoever admits us by hand says so, if there is to be another
             self._save_record(self._membership.record)
         else:
             log.warning("%s has stopped; waiting for it to come back", self._membership_name())
@@ -661,6 +669,12 @@ class Client(Role):
         if tunnel == self._tunnel:
             return
         self._tunnel = tunnel
+        for link in self._links:
+            if tunnel.peer4 is not None and any(tunnel.peer4 in address.network for address in link.addresses):
+                log.warning(
+                    "%s is the server's address in the tunnel, so who has it at %s cannot be reached; "
+                    "start the server with another --network", tunnel.peer4, link.name,
+                )  # fmt: skip
         self._make_tunnel(tunnel)
         log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 

@@ -36,7 +36,6 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.path import (
-    LARGE,
     LAST_RESORT,
     NOTICES,
     PROBE_INTERVAL,
@@ -64,6 +63,7 @@ IN_USE: Final = 10.0
 UNASKED_REVIEW: Final = 1.0  # unasked ECHOs begin so soon after a tunnel with a lapsed path comes into use
 ROUTE_SPACING: Final = 1.0  # s: a client that changes its MTU all the time must not keep the host busy
 ROUTES_AT_ONCE: Final = 4  # but at its start it does so once or twice, and what connects then keeps the MTU it finds
+TIMESTAMPS: Final = 256  # of initiations by a join token, remembered
 HELLO_WITHIN: Final = 3.0  # of the first data under a session: else the client is a stock peer now
 UNPROVEN_SHARE: Final = 3  # times what came from an address may go there while its client may yet say HELLO (R4)
 
@@ -111,8 +111,6 @@ class ClientPeer(Peer):
         if not self.is_multipath:
             return self._choose_endpoint(count, size, now)
         carriers = self._carriers(now)
-        if size >= LARGE:
-            carriers = [path for path in carriers if not path.is_small(now)] or carriers
         allot(carriers, count, size, now)
         chosen = []
         for path, given in self._scheduler.choose(count, size, carriers):
@@ -122,15 +120,11 @@ class ClientPeer(Peer):
                 path.idle_room -= fits * size
             if fits:
                 chosen.append((path, path.endpoint, fits))
-                if size >= LARGE:
-                    path.gives_large(fits, now)
         return chosen
 
     def _free_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
         carriers = self._carriers(now) if self.is_multipath else []
-        is_free = all(
-            path.state is PathState.FRESH and not path.is_limited(now) and not path.is_small(now) for path in carriers
-        )
+        is_free = all(path.state is PathState.FRESH and not path.is_limited(now) for path in carriers)
         return [(path, path.endpoint) for path in carriers] if is_free else []
 
     def _choose_endpoint(self, count: int, size: int, now: float) -> Sequence[tuple[None, Any, int]]:
@@ -380,7 +374,7 @@ class ClientPeer(Peer):
             self.look_again()
         path.bind(candidate, now)
         self._bound[source] = path
-        path.is_told_up = False  # its address is news, also if it was up at another
+        path.is_told_up = path.is_told_slow = False  # its address is news, also if it was up at another
         self._tell_up(path, now)
         if holder is not None:
             self._tell_down(holder, "is at no address any more", now)
@@ -553,6 +547,7 @@ class JoinPeer(Peer):
         super().__init__(identity, remote, name, 0, now)
         self.news: list[tuple[Enrol, Any]] = []
         self._answers = Allowance()
+        self._timestamps: deque[bytes] = deque(maxlen=TIMESTAMPS)
 
     def answer(self, enrolled: Enrolled, source: Any, now: float, out: list[Transmit]) -> None:
         """Send the answer to an ENROL to where that came from."""
@@ -560,6 +555,17 @@ class JoinPeer(Peer):
 
     def _allows(self, source: bytes) -> bool:
         return False
+
+    def _is_replayed(self, timestamp: bytes) -> bool:
+        """See `Peer._is_replayed`; holders of one token have clocks of their own, and a thief may set his far ahead.
+
+        That must not keep the owner from hearing that the token is used. What repeats an older one than these costs us
+        a response, and a join session that is under way a repetition.
+        """
+        return timestamp in self._timestamps
+
+    def _remember(self, timestamp: bytes) -> None:
+        self._timestamps.append(timestamp)
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         """A join session carries nothing but ENROL."""

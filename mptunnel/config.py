@@ -122,7 +122,10 @@ __all__ = [
 ]
 
 DEFAULT_PORT: Final = 5000
-DEFAULT_NETWORK: Final = IPv4Network("10.0.1.0/24")
+_NETWORKS: Final = tuple(  # of a new server, the first that is free
+    map(IPv4Network, ("10.0.1.0/24", "10.91.1.0/24", "172.27.91.0/24", "192.168.191.0/24", "10.203.91.0/24"))
+)
+DEFAULT_NETWORK: Final = _NETWORKS[0]
 FALLBACK_DNS: Final = (IPv4Address("9.9.9.9"), IPv4Address("149.112.112.112"))
 ALL_ROUTES: Final = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 MAX_PATHS: Final = 8
@@ -181,6 +184,17 @@ class Link:
     gateway4: Gateway | None
     gateway6: Gateway | None
     mtu: int
+
+
+def neighbours(network: IPv4Network, links: Iterable[Link]) -> list[tuple[Link, IPv4Interface]]:
+    """Return the links, with their addresses there, that share a part of `network`."""
+    found = [(link, address) for link in links for address in link.addresses if isinstance(address, IPv4Interface)]
+    return [(link, address) for link, address in found if address.network.overlaps(network)]
+
+
+def free_network(links: Sequence[Link]) -> IPv4Network:
+    """Return the tunnel network of a new server on a host with these links: one that is none of their own."""
+    return next((network for network in _NETWORKS if not neighbours(network, links)), _NETWORKS[0])
 
 
 @dataclass(frozen=True, slots=True)

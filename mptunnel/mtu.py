@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PROOF_TRIES: Final = 5
 PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
+SMALL_AGAIN: Final = 300.0  # in use, a path that carried none of the sizes is asked for them again so often
 FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
 MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
 RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
@@ -67,7 +68,10 @@ class TunnelMtu:
         if step < len(sizes):
             return sizes[step]
         path.is_small = True
-        return 0
+        if now - path.padded_at < SMALL_AGAIN or not is_shown_again:
+            return 0
+        path.proof_tries = 1
+        return wanted
 
     def consider(self, paths: Iterable[ClientPath], answered_at: float, now: float) -> None:
         """Adopt what every path that is up carries; it rises only after a while, and falls at once."""

@@ -64,8 +64,7 @@ LAST_RESORT: Final = 15.0
 FORGET_AFTER: Final = 30.0
 UNASKED_AFTER: Final = 1.0  # without a refresh: unasked ECHOs begin, so that a path of which only the way down lives
 UNASKED_INTERVAL: Final = 0.25  # never lapses
-LARGE: Final = MIN_MTU + OVERHEAD  # bytes of UDP payload: a path that carries no such is small
-SMALL_AFTER: Final = (16, 3.0)  # large datagrams, s: none of which has arrived
+LARGE: Final = MIN_MTU + OVERHEAD  # bytes of UDP payload: a client's path that carries no such is small
 CHALLENGE_LIFETIME: Final = 3.0  # s for which a candidate is sent the same bytes
 ANSWER_WITHIN: Final = 8.0  # s: a path whose round trip is longer than the 3 s can be bound too
 CHALLENGE_SPACING: Final = 0.25
@@ -288,7 +287,7 @@ class ClientPath(Path):
         "_answered", "_bytes_since_probe", "_given", "_pending", "_reached", "_sampled", "_seq", "_was_challenged",
         "address", "carries", "echoed", "heard_at", "interface", "is_open", "is_small", "label", "last_probe_at",
         "min_rtt", "name", "padded_at", "port", "probe_at", "proof_tries", "proven_at", "queue", "reached_at",
-        "seen_as", "silent_since", "told_use", "unanswered", "use", "waiting", "was_padded", "way_down",
+        "seen_as", "silent_since", "told_use", "unanswered", "use", "waiting", "was_heard", "was_padded", "way_down",
     )  # fmt: skip
 
     def __init__(self, path: int, name: str, now: float) -> None:
@@ -299,6 +298,7 @@ class ClientPath(Path):
         self.address: IPv4Address | IPv6Address | None = None
         self.port = 0  # local; kept over a new socket, so that a NAT mapping may survive
         self.is_open = False
+        self.was_heard = False  # since its socket was opened
         self.use = self.told_use = Use.DATA  # what it is for, and what the last probe said
         self.min_rtt = _INF
         self.queue = 0.0  # s by which the newest ECHO's way down stood above the least
@@ -341,7 +341,7 @@ class ClientPath(Path):
         self.incarnation = incarnation
         self.is_open = True
         self.carries = self.proof_tries = 0
-        self.is_small = False
+        self.is_small = self.was_heard = False
         self.min_rtt = _INF
         self.rtt = self.jitter = None
         self.way_out, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
@@ -459,7 +459,7 @@ class ClientPath(Path):
     def heard_unasked(self, number: int, now: float) -> None:
         """An unasked ECHO: its way down lives, which says nothing of its way up."""
         self.echoed = max(self.echoed, number)
-        self.heard_at = now
+        self.heard_at, self.was_heard = now, True
 
     def reported_by_another(self, record: Record, told_us: int, now: float) -> Arrival | None:
         """Another path's ECHO says which probe of ours came by this one last: its way up lives, if that is news.
@@ -540,7 +540,7 @@ class ClientPath(Path):
     def echo_received(self, seq: int, number: int, held: float, tx: int, rx: int, now: float) -> int | None:
         """Count an ECHO. Return the padded size it proves (0: none), or None if it answers no probe of ours."""
         self.echoed = max(self.echoed, number)
-        self.heard_at = now
+        self.heard_at, self.was_heard = now, True
         pending = self._pending.pop(seq, None)
         if pending is None:
             return None
@@ -590,7 +590,7 @@ class ClientPath(Path):
 
     def answered(self, now: float) -> bool:
         """The path works both ways; return whether that is news."""
-        was_up = self.is_up
+        was_up, self.was_heard = self.is_up, True
         if not self._enter(PathState.SLOW if self.yields(now) else PathState.UP, now):
             return False
         if not self.carries and not was_up:
@@ -628,7 +628,7 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_large", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
+        "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
         "candidate", "carried_down", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_slow",
         "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
@@ -640,7 +640,6 @@ class ServerPath(Path):
         self.candidate: Candidate | None = None
         self.is_told_up = self.is_told_slow = False  # by a notice
         self.carried_down = 0  # longest UDP payload that the client has received here in this incarnation
-        self._large = (_INF, 0)  # since when it is given datagrams that a small path does not carry, and how many
         self._order = (-1, -1)  # session and counter of the newest probe
         self._heard = -_INF
         self.refreshed_at = -_INF
@@ -717,7 +716,6 @@ class ServerPath(Path):
             self.loss_up.restart()
             self.loss_down.restart()
             self._tx_at.clear()
-            self._large = (_INF, 0)
             self.cap, self.way_out, self.room = Cap(), Delay(), None
             self._queue_of = self._took = (0, 0.0)
             self._least_took = None
@@ -806,16 +804,6 @@ class ServerPath(Path):
     def carries_down(self) -> bool:
         """Whether the client has shown by its last probes here that it hears us here."""
         return self._unheard < DOWN_PROBES
-
-    def gives_large(self, count: int, now: float) -> None:
-        """It is given `count` datagrams that a small path does not carry."""
-        since, before = self._large
-        self._large = (min(since, now), before + count)
-
-    def is_small(self, now: float) -> bool:
-        """Whether none of the many large datagrams that it was given has ever come to the client."""
-        since, count = self._large
-        return self.carried_down < LARGE and count > SMALL_AFTER[0] and now - since > SMALL_AFTER[1]
 
     @property
     def mtu(self) -> int | None:

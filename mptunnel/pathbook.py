@@ -194,9 +194,10 @@ class PathBook:
         """Begin another month where the clock has shown it long enough; none ends because the clock goes back."""
         period = self._period(count.reset_day)
         if period == count.period:
+            self._unsaved += SAVE_BYTES if count.shown else 0  # or the next run would believe this one's error
             count.shown, count.doubted_since = 0, None
         elif period < TRUE_CLOCK:
-            count.doubted_since = None
+            return
         elif count.period < TRUE_CLOCK:
             count.period, count.shown, count.doubted_since = period, 0, None
         elif count.shown != period:

@@ -58,7 +58,11 @@ class PathDesk:
                     path.probe_at = min(path.probe_at, now)
                 is_spent = self._book.is_spent(path.name, path.interface)
                 why = ": it has carried its limit of this month" if is_spent else ""
-                log.info("path %s is for %s now%s", path.name, path.use.name.lower(), why)
+                log.info("path %s is for %s now%s", path.title, path.use.name.lower(), why)
+
+    def label_of(self, uplink: str) -> str:
+        """Return what an uplink's path is to be called; nothing: as the uplink."""
+        return self._book.of(uplink).label
 
     def carried(self, number: int, datagrams: int, size: int) -> None:
         """So many datagrams of `size` bytes together have passed a path."""

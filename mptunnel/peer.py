@@ -38,7 +38,7 @@ from mptunnel.history import Told
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
-from mptunnel.receipts import Receipts
+from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
 from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
 
@@ -189,6 +189,7 @@ class Peer:
         self._timestamp = bytes(12)
         self._answered: tuple[bytes, bytes, float] = (b"", b"", -INF)
         self._serial = 0
+        self._first_session_at = INF
         self._was_renewed_at_its_end = False
         self._ways: Sequence[tuple[Path, Any]] = ()  # that the last single packet went
         self.short_until = -INF  # when they must be decided anew
@@ -581,13 +582,13 @@ class Peer:
 
     def accept_initiation(self, consumed: noise.Consumed, message: bytes, source: Any, now: float) -> bytes | None:
         """Return the response to an initiation that opened; None if it is a replay or comes too soon."""
-        if consumed.timestamp <= self._timestamp:
+        if self._is_replayed(consumed.timestamp):
             self.identity.drops["initiation replayed"] += 1
             return None
         if now - self._accepted_at < INITIATION_SPACING:
             self.identity.drops["initiation too soon"] += 1
             return None
-        self._timestamp = consumed.timestamp
+        self._remember(consumed.timestamp)
         self._accepted_at = self._initiated_at = now  # a response counts: one handshake in 5 s is enough
         self._forget_initiation()
         index = self.identity.indices.new(self)
@@ -601,6 +602,13 @@ class Peer:
             self._learn_endpoint(source)
         self._answered = (message[:-MACS_SIZE], response, now + ANSWER_LIFETIME)
         return response
+
+    def _is_replayed(self, timestamp: bytes) -> bool:
+        """Whether an initiation with this timestamp, or a later one, was accepted before (paper, 5.1)."""
+        return timestamp <= self._timestamp
+
+    def _remember(self, timestamp: bytes) -> None:
+        self._timestamp = timestamp
 
     def repeated_response(self, message: bytes, now: float) -> bytes | None:
         """Return the response again, if `message` is a copy of the initiation accepted less than 5 s ago."""
@@ -705,6 +713,7 @@ class Peer:
 
     def _new_session(self, keys: noise.SessionKeys, now: float) -> Session:
         self._serial += 1
+        self._first_session_at = min(self._first_session_at, now)
         self.look_again()
         self._was_renewed_at_its_end = False
         session = Session(keys, self._serial, now, self.window)
@@ -803,7 +812,8 @@ class Peer:
     def _receipt_received(self, session: Session, counter: int, plain: bytes, now: float) -> bool:
         """Take a RECEIPT; return whether it is the newest."""
         receipt = messages.decode_receipt_untrusted(memoryview(plain))
-        return self.told.take(receipt, (session.serial, counter), now, self.packets_sent)
+        sealed = self.packets_sent if now > self._first_session_at + SETTLE_AFTER else 0  # that are accounted for there
+        return self.told.take(receipt, (session.serial, counter), now, sealed)
 
     def _forget_receipts(self, path: int) -> None:
         """Another path has got this number: what was counted by it is none of its business."""

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 from typing import TYPE_CHECKING, Any
 
 from mptunnel import host, netlink, udp
@@ -23,6 +23,8 @@ from mptunnel.config import (
     FALLBACK_DNS,
     DnsMode,
     client_line,
+    free_network,
+    neighbours,
     new_network,
     public_address,
     server_argument,
@@ -52,7 +54,7 @@ def run_server(settings: ServerSettings) -> None:
     state = StateDir(settings.state_dir)
     the_host, device = _host_of("server", settings)
     if settings.dry_run:
-        network = state.network() or new_network(settings.network4, os.urandom)
+        network = state.network() or new_network(settings.network4 or free_network(netlink.snapshot()), os.urandom)
         the_host.run("up", _server_values(settings, network, ()))
         return
     _protect_memory()
@@ -61,14 +63,14 @@ def run_server(settings: ServerSettings) -> None:
         stack.enter_context(state.lock_server())
         key = state.server_key()
         peers, tokens = state.peers(), state.tokens()
-        network = _network_of(state, settings)
+        links = netlink.snapshot()
+        network = _network_of(state, settings, links)
         reserved = state.timestamp("server")
         sock = udp.ServerSocket(settings.port, offload=settings.offload)
         stack.callback(sock.close)
         tun = Tun(device, settings.mtu, offload=settings.offload)
         stack.callback(tun.close)
         host.restore(settings.run_dir, device, settings.script)
-        links = netlink.snapshot()
         offer = _offer(settings, links)
         setup = RunScript("up", _server_values(settings, network, offer.dns))
         moment = now()
@@ -162,10 +164,11 @@ def _save_now(role: Client | Server, state: StateDir, moment: float) -> None:
                 role.job_done(event, None, moment)
 
 
-def _network_of(state: StateDir, settings: ServerSettings) -> Any:
+def _network_of(state: StateDir, settings: ServerSettings, links: tuple[Link, ...]) -> Any:
     network = state.network()
     if network is None:
-        network = new_network(settings.network4, os.urandom)
+        network = new_network(settings.network4 or free_network(links), os.urandom)
+        _check_neighbours(network.ipv4, links)
         state.save("server/network", network.to_document())
     elif settings.network4 is not None and settings.network4 != network.ipv4:
         if any(peer.removed is None for peer in state.peers()):
@@ -174,8 +177,19 @@ def _network_of(state: StateDir, settings: ServerSettings) -> Any:
                 "('mptunnel peer remove NAME'), or leave --network out"
             )
         network = replace(network, ipv4=settings.network4)
+        _check_neighbours(network.ipv4, links)
         state.save("server/network", network.to_document())
+    _check_neighbours(network.ipv4, links)
     return network
+
+
+def _check_neighbours(network: IPv4Network, links: tuple[Link, ...]) -> None:
+    """Raise ConfigError where this host lives in the tunnel network itself, and would be cut off."""
+    for link, address in neighbours(network, links):
+        what = f"the tunnel network {network} is also in use at {link.name} ({address})"
+        if address.ip in network:
+            raise ConfigError(f"{what}: this host would be cut off there; choose another one with --network")
+        log.warning("%s: what has an address in both cannot be reached there", what)
 
 
 def _offer(settings: ServerSettings, links: tuple[Link, ...]) -> Offer:

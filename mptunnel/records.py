@@ -32,7 +32,6 @@ ADDRESS_REST: Final = 86400.0  # a removed peer's address is not given to anothe
 MAX_HOURS: Final = 8760.0
 
 _NAME_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
-_DEFAULT_NETWORK = IPv4Network("10.0.1.0/24")
 
 
 @dataclass(slots=True)
@@ -279,10 +278,10 @@ def tokens_from_document(document: Document) -> list[TokenRecord]:
     ]
 
 
-def new_network(ipv4: IPv4Network | None, entropy: Callable[[int], bytes]) -> Network:
-    """Return the network of a new server: `ipv4` or 10.0.1.0/24, and a random ULA /64 (RFC 4193)."""
+def new_network(ipv4: IPv4Network, entropy: Callable[[int], bytes]) -> Network:
+    """Return the network of a new server: `ipv4`, and a random ULA /64 (RFC 4193)."""
     prefix = int.from_bytes(b"\xfd" + entropy(5), "big") << 80
-    return Network(ipv4 or _DEFAULT_NETWORK, IPv6Network((prefix, 64)))
+    return Network(ipv4, IPv6Network((prefix, 64)))
 
 
 def new_token(

@@ -244,8 +244,8 @@ class ServerPeer(Peer):
 
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[ClientPath | None, Any, int]]:
         carriers = self._carriers(now)
-        if size >= LARGE:
-            carriers = [path for path in carriers if not path.is_small] or carriers
+        if size >= LARGE and any(path.works(now) and not path.is_small for path in carriers):
+            carriers = [path for path in carriers if not path.is_small]
         allot(carriers, count, size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
@@ -287,6 +287,8 @@ class ServerPeer(Peer):
 
     def _turn_to_next_path(self, now: float) -> None:
         """Nothing has come by the path in use: try another one, unless only one is open."""
+        if not self.takes_one_copy:
+            return
         used = self.paths.get(self._single)
         is_news = used is not None and used.is_open and len(self._open_paths()) > 1 and used.given_up(now)
         ids = sorted(self._single_ones())

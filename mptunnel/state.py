@@ -138,7 +138,8 @@ def hold_lock(path: Path, *, private: bool = False) -> Lock:
             raise _refusal("lock", path, error) from None
         raise LockedError(_held(path, pid), pid) from None
     os.ftruncate(fd, 0)
-    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, but nobody is told by whom
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
     return Lock(fd)
 
 

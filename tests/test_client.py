@@ -440,6 +440,7 @@ def test_a_mute_path_tries_the_other_version_though_the_tunnel_is_up_and_ever_mo
         )
         for n, name in enumerate(("wan1", "wan2"))
     ]  # fmt: skip
+    client._peer.is_ours = True
     client._whole_state = lambda now: "up"  # type: ignore[method-assign]  # noqa: ARG005
     client.links_changed(both, 1000.0)
     opened: list[tuple[float, int, int]] = []
@@ -447,7 +448,7 @@ def test_a_mute_path_tries_the_other_version_though_the_tunnel_is_up_and_ever_mo
     while now < 1200.0:
         new = [event for event in settled(client, now) if isinstance(event, OpenPath)]
         opened += [(now, event.path, event.address.version) for event in new]
-        client.paths[0].heard_at = now
+        client.paths[0].was_heard = True
         now += 0.25
         client.handle_timeout(now)
     assert [version for _, path, version in opened if path == 0] == [4]

@@ -104,3 +104,17 @@ def test_a_host_name_is_made_fit_for_a_peers_name(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("socket.gethostname", lambda name=name: name)
         assert host_name() == expected
         assert NAME_LETTERS.issuperset(host_name())
+
+
+@pytest.mark.parametrize("by", ["token", "key"])
+def test_a_server_that_was_made_anew_takes_its_name_over(tmp_path: Path, by: str) -> None:
+    state = StateDir(tmp_path)
+    known(state, KEY, "vpn.example:5000", "192.0.2.1:5000")
+    more = {"join": JoinToken(OTHER, bytes(24))} if by == "token" else {"server_key": OTHER}
+    _, membership = find_membership(asks("vpn.example", **more), state, LOG)
+    membership.record.joined = True
+    state.save(f"client/servers/{membership.record.file_name}", membership.record.to_document())
+    _, membership = find_membership(asks("vpn.example"), state, LOG)
+    assert membership.record.public_key == OTHER
+    _, membership = find_membership(asks("192.0.2.1"), state, LOG)
+    assert membership.record.public_key == KEY

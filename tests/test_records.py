@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mptunnel.config import DEFAULT_NETWORK
 from mptunnel.errors import ConfigError
 from mptunnel.keys import NO_PSK, encode_key, public_key
 from mptunnel.records import (
@@ -156,11 +157,11 @@ def test_a_server_is_filed_under_16_digits_of_its_keys_hash() -> None:
 
 
 def test_a_new_network_is_the_default_and_a_random_ula() -> None:
-    network = new_network(None, RNG.randbytes)
+    network = new_network(DEFAULT_NETWORK, RNG.randbytes)
     assert network.ipv4 == NETWORK.ipv4
     assert network.ipv6.prefixlen == 64
     assert network.ipv6.subnet_of(IPv6Network("fd00::/8"))
-    assert network.ipv6 != new_network(None, RNG.randbytes).ipv6
+    assert network.ipv6 != new_network(DEFAULT_NETWORK, RNG.randbytes).ipv6
     assert (network.server4, network.server6) == (network.ipv4[1], network.ipv6[1])
     assert new_network(SMALL.ipv4, RNG.randbytes).ipv4 == SMALL.ipv4
 

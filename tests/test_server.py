@@ -422,6 +422,25 @@ def test_of_two_holders_of_a_token_the_second_neither_gets_in_nor_sees_what_the_
     assert answer.result == EnrolResult.USED
 
 
+def test_a_thief_whose_clock_is_far_ahead_cannot_keep_the_owner_from_hearing_of_it() -> None:
+    net, token, _ = joining()
+    answers = []
+    for newer_than, key in ((4e9, OTHER), (1e9, KEY)):
+        holder = BookPeer(token.join_private(), SERVER_PUBLIC, token.join_psk(), endpoint=0, newer_than=newer_than)
+        net.use_stock_client(holder)
+        holder.initiate(net.now)
+        net.turn()
+        net.run(0.1)
+        answers += [answer.result for answer in ask(net, holder, key)]
+    assert answers == [EnrolResult.ADMITTED, EnrolResult.USED]
+    assert net.server.drops["initiation replayed"] == 0
+    replayed = [datagram for _, datagram in net.sent(INITIATION, "up")][-1]
+    net.run(6.0)
+    net.deliver(replayed, net.source(0))
+    net.turn()
+    assert net.server.drops["initiation replayed"] == 1
+
+
 def test_a_second_key_is_refused_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     net, _, holder = joining()
     ask(net, holder, KEY)

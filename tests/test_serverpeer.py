@@ -638,9 +638,7 @@ def test_a_path_below_1280_is_given_what_it_may_carry_and_nothing_larger(rate: f
     assert traffic.is_whole()
     begun = net.now
     traffic.run(5.0)
-    for side in ("up", "down"):
-        given = [datagram for _, datagram in net.sent(TRANSPORT, side, 1, begun)]
-        assert all(len(datagram) < 1312 for datagram in given), side
+    assert all(len(datagram) < 1312 for _, datagram in net.sent(TRANSPORT, "up", 1, begun))
     assert net.client.paths[1].cap.rate is None, "so what is lost there is no reason to give it less"
     begun = net.now
     traffic = Traffic(net, rate, size=600)
@@ -655,6 +653,43 @@ def test_a_path_below_1280_is_given_what_it_may_carry_and_nothing_larger(rate: f
     Traffic(net, rate, size=1300).run(5.0)
     for side in ("up", "down"):
         assert len([d for _, d in net.sent(TRANSPORT, side, 1, begun) if len(d) > 1312]) > 4.5 * rate
+
+
+def test_a_path_that_was_small_for_a_while_is_asked_again_and_meanwhile_carries_all_if_it_must() -> None:
+    net = Simnet(Wire(), Wire(largest=1250))
+    traffic = Traffic(net, 50.0, size=1300)
+    traffic.start(60.0)
+    net.run(50.0)
+    assert net.client.paths[1].is_small
+    net.wires[1].largest = 65535
+    net.wires[0].is_cut = True
+    begun = net.now
+    net.run(13.0)
+    assert traffic.lost("up", since=begun + 1.0) == 0
+    net.wires[0].is_cut = False
+    traffic = Traffic(net, 50.0, size=1300)
+    traffic.run(330.0)
+    assert not net.client.paths[1].is_small
+    assert net.client.paths[1].carries == 1420
+
+
+def test_a_handshake_without_an_answer_calls_no_path_down_that_works() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(3.0)
+    for _ in range(4):
+        net.peer._turn_to_next_path(net.now)
+    assert [path.state for path in net.client.paths.values()] == [PathState.UP] * 2
+
+
+def test_a_server_made_anew_does_not_make_a_path_one_that_was_never_heard() -> None:
+    net = Simnet(Wire(), Wire())
+    traffic = Traffic(net, 50.0)
+    traffic.start(8.0)
+    net.run(3.0)
+    net.restart_server()
+    for _ in range(50):
+        net.run(0.1)
+        assert all(path.was_heard for path in net.client.paths.values())
 
 
 def test_a_size_counts_only_if_the_echo_was_as_long_as_the_probe() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import mptunnel
+from mptunnel.config import DEFAULT_NETWORK
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
 from mptunnel.records import (
     Network,
@@ -207,7 +208,7 @@ def test_everything_saved_is_found_again(tmp_path: Path) -> None:
         None,
         [],
     )
-    network = new_network(None, os.urandom)
+    network = new_network(DEFAULT_NETWORK, os.urandom)
     peer = PeerRecord("a", bytes(32), bytes(32), network.ipv4[2], network.ipv6[2], 1.0)
     servers = [ServerRecord(bytes([n]) * 32, bytes(32)) for n in (1, 2)]
     here.save("server/network", network.to_document())
