@@ -241,12 +241,14 @@ class Client(Role):
         self._peer.path_closed(now, self.out)
         self._after(self._peer, now)
 
-    def not_sent(self, number: int, datagrams: int, size: int, why: str, now: float) -> None:
-        """The kernel refused datagrams on a path: that is this path's affair only."""
+    def not_sent(
+        self, number: int, datagrams: int, size: int, why: str, now: float, *, is_counted: bool = True
+    ) -> None:
+        """The kernel refused datagrams on a path: that is its affair only. `is_counted`: they are in its `tx`."""
         path = self.paths.get(number)
         if path is None:
             return
-        path.not_sent(datagrams, size, why)
+        path.not_sent(datagrams if is_counted else 0, size if is_counted else 0, why)
         self._desk.carried(number, -datagrams, -size)
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)

@@ -86,6 +86,7 @@ class ClientPeer(Peer):
         super().__init__(identity, remote, record.name, mtu, now)
         self.record = record
         self.paths: dict[int, ServerPath] = {}
+        self._former: dict[int, ServerPath] = {}  # that had a number last, for what limits whoever has it
         self.news: list[Notice | int | None] = []
         self.is_here = False  # as was told by a notice
         self.tunnel_mtu = 0  # what its HELLO said
@@ -305,7 +306,7 @@ class ClientPeer(Peer):
             return
         path = self.paths.get(probe.path)
         if path is None:
-            path = self.paths[probe.path] = ServerPath(probe.path, now)
+            path = self._new_path(probe.path, now)
         if not path.is_newer(session.serial, counter):
             self.identity.drops["probe not newer"] += 1
             return
@@ -415,12 +416,20 @@ class ClientPeer(Peer):
                 self._tell_down(path, "closed by the client", now)
                 self._forget_path(path)
 
+    def _new_path(self, number: int, now: float) -> ServerPath:
+        path = self.paths[number] = ServerPath(number, now)
+        if number in self._former:
+            path.inherit(self._former[number])
+        return path
+
     def _forget_path(self, path: ServerPath) -> None:
         del self.paths[path.id]
+        self._former[path.id] = path
         if path.endpoint is not None:
             self._bound.pop(path.endpoint, None)
 
     def _forget_paths(self) -> None:
+        self._former |= self.paths
         self.paths.clear()
         self._bound.clear()
 

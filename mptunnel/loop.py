@@ -29,6 +29,7 @@ from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
 from mptunnel.events import ClosePath, Notice, OpenPath, Resolve, RunScript, SaveState, Stop
 from mptunnel.hook import Hook
+from mptunnel.messages import TRANSPORT
 from mptunnel.timers import INF
 from mptunnel.worker import Worker
 
@@ -472,7 +473,7 @@ class ServerLoop(Loop["Server"]):
         for to, data, size in self._role.transmits():
             refused, why = self._socket.send(to, data, size)
             if refused:
-                self._role.not_sent(to, refused, refused * size, why)
+                self._role.not_sent(to, refused, refused * size, why, is_counted=data[0] == TRANSPORT)
 
     def close_sockets(self) -> None:
         """Close the socket."""
@@ -530,7 +531,7 @@ class ClientLoop(Loop["Client"]):
             if sock is not None:
                 refused, why = sock.send(data, size)
                 if refused:
-                    self._role.not_sent(to, refused, refused * size, why, now())
+                    self._role.not_sent(to, refused, refused * size, why, now(), is_counted=data[0] == TRANSPORT)
 
     def _look_at_queues(self, moment: float) -> None:
         """Tell what waits in the sockets of the paths, where so much went that it matters."""

@@ -51,6 +51,7 @@ GSO_UDP_L4: Final = 5
 GSO_ECN: Final = 0x80
 _KINDS = frozenset({GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4})
 MAX_SEGMENTS: Final = 64
+MOST_SEGMENTS: Final = 2048  # that are cut out of a frame; the kernel makes 1365, of 48 bytes each, at the most
 MAX_LENGTH: Final = 65535
 
 TCP: Final = 6
@@ -140,6 +141,8 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
     packet = frame[VNET_SIZE:]
     if not packet or packet[0] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
         raise BadPacketError(f"no IP packet in a frame of {len(frame)} bytes")
+    is_plain = _is_plain(packet, start)
+    takes_partial = takes_partial and is_plain
     if kind == GSO_NONE:
         if flags & NEEDS_CSUM and not takes_partial:
             return [_completed(packet, start, offset)]
@@ -153,12 +156,35 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
         raise BadPacketError(f"super-packet of {len(packet)} bytes, its TCP header at {start}")
     body = start + ((packet[start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
     count = -(-(len(packet) - body) // size)
-    if count < 1 or body < start + _UDP_HEADER:
+    if count < 1 or body < start + (_TCP_HEADER if is_tcp else _UDP_HEADER):
         raise BadPacketError(f"super-packet of {len(packet)} bytes without payload")
+    if count > MOST_SEGMENTS:
+        raise BadPacketError(f"super-packet of {count} segments")
     pieces = _split_tcp(packet, start, body, size, count) if is_tcp else _split_udp(packet, start, body, size, count)
     if takes_partial:
         return pieces
-    return [_completed(piece, start, _TCP_CHECK if is_tcp else _UDP_CHECK) for piece in pieces]
+    check = _TCP_CHECK if is_tcp else _UDP_CHECK
+    if not is_plain:  # the addresses in the header may be a hop's, but the kernel has summed the true ones
+        more = _U16.unpack_from(packet, start + check)[0] - len(packet)
+        pieces = [_with_partial(piece, start + check, more + len(piece)) for piece in pieces]
+    return [_completed(piece, start, check) for piece in pieces]
+
+
+def _is_plain(packet: memoryview, start: int) -> bool:
+    """Whether nothing is between the IP header and the transport's: there a receiver recognizes a partial checksum.
+
+    Behind a routing header or a source route (RFC 8200, 4.4; RFC 791, 3.1) its addresses are not those of the header.
+    """
+    if packet[0] == PLAIN_IPV4:
+        return start == IPV4_HEADER
+    return start == IPV6_HEADER and packet[0] >> 4 == 6 and packet[6] in {TCP, UDP}
+
+
+def _with_partial(piece: Buffer, at: int, total: int) -> bytes:
+    """Return a segment with this partial checksum, not folded yet."""
+    own = bytearray(piece)
+    _U16.pack_into(own, at, (total - 1) % 0xFFFF + 1)
+    return bytes(own)
 
 
 def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
@@ -173,8 +199,10 @@ def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int)
     ends_alike = len(packet) - last == size and not flags & _ENDS
     alike = range(len(pieces), count if ends_alike else count - 1)
     if alike:
-        headers = _headers(_tcp_head(head, start, size, flags & ~(_ENDS | _CWR)), start, TCP, size, alike)
-        pieces += _join(headers, body, packet, body + alike.start * size, size)
+        own = _tcp_head(head, start, size, flags & ~(_ENDS | _CWR))
+        for few in _few(alike):
+            headers = _headers(own, start, TCP, size, few)
+            pieces += _join(headers, body, packet, body + few.start * size, size)
     if not ends_alike:
         pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
     return pieces
@@ -198,12 +226,21 @@ def _tcp_head(head: bytearray, start: int, size: int, flags: int) -> bytearray:
 def _split_udp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
     head = bytearray(packet[:body])
     last = body + (count - 1) * size
-    middle = _headers(_udp_head(head, start, size), start, UDP, size, range(count - 1))
-    pieces: list[Buffer] = [*_join(middle, body, packet, body, size)]
+    own = _udp_head(head, start, size)
+    pieces: list[Buffer] = []
+    for few in _few(range(count - 1)):
+        pieces += _join(_headers(own, start, UDP, size, few), body, packet, body + few.start * size, size)
     own = _udp_head(head, start, len(packet) - last)
     _renumber(own, count - 1)
     pieces.append(b"".join((own, packet[last:])))
     return pieces
+
+
+def _few(numbers: range) -> Iterable[range]:
+    """Return the numbers in ranges that one long number does well for: what that takes grows with its square."""
+    if len(numbers) <= MAX_SEGMENTS:
+        return (numbers,)
+    return [numbers[at : at + MAX_SEGMENTS] for at in range(0, len(numbers), MAX_SEGMENTS)]
 
 
 def _join(headers: bytes, length: int, packet: memoryview, at: int, size: int) -> Iterable[bytes]:
@@ -339,6 +376,8 @@ def single(packet: Buffer) -> Frame:
         least, check, needs_csum = _SINGLE4.get(protocol, _NEVER_PARTIAL)
         if length < least:
             return [PLAIN, packet]
+        if protocol == UDP and packet[24] << 8 | packet[25] != length - IPV4_HEADER:
+            return [PLAIN, packet]
         rest = int.from_bytes(packet[12:20], "big") + protocol + length - IPV4_HEADER
         return [needs_csum if packet[check] << 8 | packet[check + 1] == (rest - 1) % 0xFFFF + 1 else PLAIN, packet]
     found = _transport(packet)
@@ -347,6 +386,8 @@ def single(packet: Buffer) -> Frame:
 
 def _single_header(packet: Buffer, protocol: int, start: int) -> bytes:
     offset = _TCP_CHECK if protocol == TCP else _UDP_CHECK
+    if protocol == UDP and _U16.unpack_from(packet, start + 4)[0] != len(packet) - start:
+        return PLAIN  # its sum is not over all of this
     (check,) = _U16.unpack_from(packet, start + offset)
     if check != _pseudo_sum(packet, protocol, len(packet) - start):
         return PLAIN

@@ -628,9 +628,9 @@ class ServerPath(Path):
     """A path as the server sees it: an id, one endpoint, at most one candidate."""
 
     __slots__ = (
-        "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at", "_unheard",
-        "candidate", "carried_down", "endpoint", "fed_back", "idle_room", "interval", "is_told", "is_told_slow",
-        "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
+        "_challenged_at", "_heard", "_least_took", "_order", "_queue_of", "_sampled", "_spacing", "_took", "_tx_at",
+        "_unheard", "candidate", "carried_down", "endpoint", "fed_back", "idle_room", "interval", "is_told",
+        "is_told_slow", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
 
     def __init__(self, path: int, now: float) -> None:
@@ -638,6 +638,7 @@ class ServerPath(Path):
         self.state = PathState.CANDIDATE
         self.endpoint: Any = None
         self.candidate: Candidate | None = None
+        self._challenged_at = -_INF
         self.is_told_up = self.is_told_slow = False  # by a notice
         self.carried_down = 0  # longest UDP payload that the client has received here in this incarnation
         self._order = (-1, -1)  # session and counter of the newest probe
@@ -687,13 +688,17 @@ class ServerPath(Path):
     def challenge(self, endpoint: Any, probe: Probe, now: float, entropy: Callable[[int], bytes]) -> bytes | None:
         """Return the 16 bytes to send to a new address; None if it was challenged just now (R3)."""
         candidate = self.candidate
-        if candidate is not None and now - candidate.challenged_at < CHALLENGE_SPACING:
+        if now - self._challenged_at < CHALLENGE_SPACING:
             return None
         if candidate is None or candidate.endpoint != endpoint:
             candidate = self.candidate = Candidate(endpoint)
         candidate.probe = probe
-        candidate.challenged_at = candidate.arrived_at = now
+        self._challenged_at = candidate.arrived_at = now
         return candidate.token(now, entropy)
+
+    def inherit(self, former: ServerPath) -> None:
+        """What limits a path of this number limits the next one that has it too."""
+        self._answers, self._challenged_at = former._answers, former._challenged_at
 
     def bind(self, candidate: Candidate, now: float) -> None:
         """The candidate has answered from its address: it is the path's endpoint from now on."""
@@ -862,12 +867,12 @@ def _may_be_so_old(record: Record, age: float) -> bool:
 class Candidate:
     """An address that claims a path, and the bytes it must send back to get it."""
 
-    __slots__ = ("_tokens", "arrived_at", "challenged_at", "endpoint", "probe")
+    __slots__ = ("_tokens", "arrived_at", "endpoint", "probe")
 
     def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
         self._tokens: deque[tuple[float, bytes]] = deque(maxlen=math.ceil(ANSWER_WITHIN / CHALLENGE_LIFETIME))
-        self.challenged_at = self.arrived_at = -_INF
+        self.arrived_at = -_INF
         self.probe: Probe
 
     def token(self, now: float, entropy: Callable[[int], bytes]) -> bytes:

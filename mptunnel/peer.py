@@ -40,7 +40,7 @@ from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, sour
 from mptunnel.packet import source as packet_source
 from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
-from mptunnel.timers import INF, MAX_ATTEMPTS, PeerTimers, Timer
+from mptunnel.timers import INF, MAX_ATTEMPTS, REKEY_ATTEMPT_TIME, PeerTimers, Timer
 
 if TYPE_CHECKING:
     import random
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_STAGED: Final = 128
+STAGED_FOR: Final = 10.0  # s: what has waited longer is of no use to anybody, and may do harm
 MAX_COOKIES: Final = 16
 INITIATION_SPACING: Final = 0.02  # at most one accepted initiation per peer in this time
 SHORT_WAY: Final = 0.05  # s for which single packets are treated like the one before, unless something happens
@@ -181,7 +182,7 @@ class Peer:
         self.data_at = -INF  # when an IP packet went either way last
         self.heard_at = -INF  # when anything authentic came in last
         self.scheduled_at = INF  # for the role that keeps many peers in one heap
-        self._staged: deque[bytes] = deque(maxlen=MAX_STAGED)
+        self._staged: deque[tuple[float, bytes]] = deque(maxlen=MAX_STAGED)  # since when it waits, and the packet
         self._cookies: dict[Any, tuple[bytes, float]] = {}
         self._attempts = 0
         self._initiated_at = -INF
@@ -229,21 +230,29 @@ class Peer:
         session = self.current
         self.data_at = now
         if session is None or not session.is_alive(now):
-            self._stage(packets)
+            self._stage(packets, now)
             self._want_handshake(now, out)
             return
-        for run, size in runs(packets, self.tunnel_mtu or self.mtu):
-            self._send_run(session, run, size, now, out)
+        self._flush(now, out)  # what waits goes first, or nothing does
+        self._send_runs(session, packets, now, out)
         self.timers.data_sent(now)
         if self._wants_successor(session, now):
             self._want_handshake(now, out)
+
+    def _send_runs(self, session: Session, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+        """Send packets in order: where one has to wait, all behind it do."""
+        for run, size in runs(packets, self.tunnel_mtu or self.mtu):
+            if self._staged:
+                self._stage(run, now)
+            else:
+                self._send_run(session, run, size, now, out)
 
     def _send_run(self, session: Session, run: Sequence[Buffer], size: int, now: float, out: list[Transmit]) -> None:
         """Seal packets into datagrams of `size` bytes, the last one perhaps shorter, and give them to the paths."""
         count = len(run)
         chosen = self._choose(count, size, now)
         if not chosen:
-            self._stage(run)
+            self._stage(run, now)
             return
         rest: Sequence[Buffer] = ()
         most = max(given for _, _, given in chosen)
@@ -260,8 +269,7 @@ class Peer:
                 path.sent(given, len(part))
         self.timers.anything_sent(now)
         if rest:
-            for more, its_size in runs(rest, limit):
-                self._send_run(session, more, its_size, now, out)
+            self._send_runs(session, rest, now, out)
         elif count == 1:
             self._ways = self._free_ways(now)
             self.short_until = now + SHORT_WAY if self._ways else -INF
@@ -347,18 +355,30 @@ class Peer:
         ):
             self._takes_short_until = now + SHORT_WAY
 
-    def _stage(self, packets: Sequence[Buffer]) -> None:
+    def _stage(self, packets: Sequence[Buffer], now: float) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
         if lost > 0:
             self.identity.drops["staged too long"] += lost
         whole = map(complete, packets) if self.takes_partial else packets  # who knows to whom they will go
-        self._staged.extend(bytes(packet) for packet in whole)
+        self._staged.extend((now, bytes(packet)) for packet in whole)
+        self.look_again()
 
     def _flush(self, now: float, out: list[Transmit]) -> None:
-        if self._staged:
-            packets = list(self._staged)
+        """Send what waits, but for what has waited too long to be of use; what cannot be sent goes on waiting."""
+        if not self._staged:
+            return
+        patience = STAGED_FOR if self.is_multipath else REKEY_ATTEMPT_TIME  # so long a stock peer may take
+        waiting = [each for each in self._staged if now - each[0] < patience]
+        if len(waiting) < len(self._staged):
+            self.identity.drops["staged too long"] += len(self._staged) - len(waiting)
+        self._staged.clear()
+        if waiting:
+            self.book()
+            self._has_news = True
+            self._send_batch([packet for _, packet in waiting], now, out)
+            left = len(self._staged)  # the last ones, in order
             self._staged.clear()
-            self.send(packets, now, out)
+            self._staged.extend(waiting[len(waiting) - left :])
 
     def _send_control(self, plain: bytes, to: Any, path: Path | None, now: float, out: list[Transmit]) -> None:
         """Seal one control message (or a keepalive, if it is empty) for one way out."""
@@ -773,6 +793,7 @@ class Peer:
                 log.debug("%s has been silent for 15 s: new handshake", self.name)
                 self._want_handshake(now, out)
             case Timer.ZERO_KEYS:
+                self._staged.clear()
                 self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
                 self._settle_at(self.receipts.settle(self._paths_in_use(), now, self._paths_standing_by()))

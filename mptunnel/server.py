@@ -195,8 +195,8 @@ class Server(Role):
             self._events.append(self._setup)
         self._mend_at = self._upkeep.next_deadline()
 
-    def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str) -> None:
-        """The kernel refused datagrams: that is the affair of the path they were for."""
+    def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str, *, is_counted: bool = True) -> None:
+        """The kernel refused datagrams: that is the affair of the path they were for, if it has counted them."""
         self.drops[f"not sent: {why}"] += datagrams
         peer = self._refused.get(to)
         if peer is None or to not in peer.sources:
@@ -206,7 +206,7 @@ class Server(Role):
             if len(self._refused) >= MAX_REFUSED:
                 self._refused.clear()
             self._refused[to] = peer
-        peer.sources[to].not_sent(datagrams, size, why)
+        peer.sources[to].not_sent(datagrams if is_counted else 0, size if is_counted else 0, why)
 
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""

@@ -481,7 +481,7 @@ class ServerPeer(Peer):
             self.is_multipath = self.is_ours = True
             self._widen()
         self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
-        self.mtu = min(self.mtu, hello.mtu or MIN_MTU)
+        self.mtu = min(self.mtu, max(hello.mtu, MIN_MTU))
         self.news.append(hello)
         self._probe_soon(now)
 

@@ -348,7 +348,7 @@ def _runs(packets: Sequence[Buffer], lengths: list[int], limit: int) -> Iterator
         alike = len(ahead)
         if ahead.count(size) < alike:
             alike = next(number for number, other in enumerate(ahead) if other != size)
-        calls = max(-(-alike // MAX_SEGMENTS), -(-alike * size // MAX_RUN))
+        calls = -(-alike // max(1, min(MAX_SEGMENTS, MAX_RUN // size)))
         count = -(-alike // calls)  # calls of about equal size, not full ones and a rest
         if count == alike < min(len(ahead), MAX_SEGMENTS) and ahead[count] < size <= MAX_RUN // (count + 1):
             count += 1

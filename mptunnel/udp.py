@@ -78,7 +78,8 @@ class Receiver:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
         self.sends_runs = offload and _probe_segmentation(sock)
-        self._has_sent_run = False
+        self._has_sent_run, self._refused_runs = False, 0
+        self._most_refused = 1  # before any was taken: then it is off
         self.receives_runs = False
         if offload:
             with contextlib.suppress(OSError):
@@ -107,8 +108,9 @@ class Receiver:
             self._socket.sendmsg([data], [*ancillary, (_SOL_UDP, _UDP_SEGMENT, _SIZE.pack(size))], 0, *to)
         except OSError as error:
             if error.errno in _NOT_SO:
-                if not self._has_sent_run:  # else it is this run that is not to be sent so
-                    self.sends_runs = False
+                self._refused_runs += 1
+                if not self._has_sent_run and self._refused_runs >= self._most_refused:
+                    self.sends_runs = False  # else it is these runs that are not to be sent so
                     log.info("no UDP segmentation offload here: %s", os.strerror(error.errno or 0).lower())
                 return False
             if error.errno in _PENDING:
@@ -204,6 +206,7 @@ class ServerSocket(Receiver):
         except OSError as error:
             raise _port_refusal(port, error) from None
         super().__init__(sock, offload=offload)
+        self._most_refused = 64  # one address that is not to be had must not spoil it for all
         self._known: dict[tuple[tuple[Any, ...], bytes], Endpoint] = {}
         self._ways: dict[Endpoint, tuple[tuple[Any, ...], list[Any]]] = {}
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)

@@ -14,6 +14,7 @@ from mptunnel.messages import (
     Capability,
     Challenge,
     Close,
+    CloseReason,
     Control,
     Hello,
     Probe,
@@ -255,6 +256,14 @@ def test_at_most_4_challenges_a_second_leave_for_one_path_however_many_candidate
         deliver(net, probe(net), stranger(number))
         net.run(0.01)
     assert 7 <= len(net.to_strangers()) <= 9
+
+
+def test_closing_a_path_in_between_does_not_make_more_challenges() -> None:
+    net = running(Wire())
+    for number in range(50):
+        deliver(net, probe(net, 5, incarnation=7), stranger(number))
+        deliver(net, sealed(net, Close(5, CloseReason.INTERFACE_GONE, 0).encode()), net.source(0))
+    assert len(net.to_strangers()) == 1
 
 
 def test_an_older_probe_counts_for_nothing_even_if_it_was_never_seen() -> None:

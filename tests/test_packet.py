@@ -10,7 +10,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mptunnel.errors import BadPacketError
-from mptunnel.packet import checksum, destination, no_route6, source, trim
+from mptunnel.packet import (
+    GSO_NONE,
+    NEEDS_CSUM,
+    PLAIN,
+    VNET,
+    VNET_SIZE,
+    checksum,
+    destination,
+    no_route6,
+    single,
+    source,
+    split,
+    trim,
+)
 
 OWN = IPv6Address("fd00::1")
 
@@ -122,3 +135,85 @@ def test_no_error_is_sent_about_errors_groups_and_nobody() -> None:
     assert no_route6(ipv6(sender="ff02::1"), OWN) is None
     assert no_route6(ipv6(sender="::"), OWN) is None
     assert no_route6(ipv6(), OWN) is not None
+
+
+# -- frames that are not as nearly all are -----------------------------------------------------------------------------
+
+TRUE6, HOP6, OWN6 = (IPv6Address(text).packed for text in ("2001:db8::9", "2001:db8::1", "fd00::2"))
+TRUE4, HOP4, OWN4 = (IPv4Address(text).packed for text in ("192.0.2.9", "192.0.2.1", "10.0.1.2"))
+ROUTING = bytes([6, 4, 43, 0, 0, 0, 0, 0]) + bytes(32)  # of 40 bytes; the packet goes on to the true destination
+OPTIONS = bytes([6, 0, 1, 4, 0, 0, 0, 0])  # a destination option of padding
+SOURCE_ROUTE = bytes([131, 7, 4]) + TRUE4 + b"\0"
+
+
+def odd_frame(between: bytes, *, payload: bytes, size: int, version: int = 6, true: bytes = b"") -> memoryview:
+    """A frame of TCP behind extension headers or IPv4 options, as the kernel leaves it: summed for `true`."""
+    tcp = struct.pack(">HHIIBBHHH", 1000, 2000, 7, 9, 5 << 4, 0x10, 512, 0, 0)
+    if version == 6:
+        own, hop, start = OWN6, HOP6, 40 + len(between)
+        first = 60 if between[:4] == OPTIONS[:4] else 43
+        head = struct.pack(">IHBB", 6 << 28, len(between) + len(tcp) + len(payload), first, 64) + own + hop + between
+        kind = 4
+    else:
+        own, hop, start = OWN4, HOP4, 20 + len(between)
+        total = start + len(tcp) + len(payload)
+        head = struct.pack(">BBHHHBBH", 0x40 | start // 4, 0, total, 5, 0, 64, 6, 0) + own + hop + between
+        kind = 1
+    whole = len(tcp) + len(payload)
+    partial = pseudo(own + (true or hop), whole)
+    tcp = tcp[:16] + partial.to_bytes(2, "big") + tcp[18:]
+    vnet = VNET.pack(NEEDS_CSUM, kind if size else GSO_NONE, 0, size, start, 16)
+    return memoryview(vnet + head + tcp + payload)
+
+
+def pseudo(addresses: bytes, length: int) -> int:
+    total: int = sum(struct.unpack(f">{len(addresses) // 2}H", addresses)) + 6 + length
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@pytest.mark.parametrize("takes_partial", [True, False])
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize(
+    ("version", "between", "true"),
+    [(6, OPTIONS, HOP6), (6, ROUTING, TRUE6), (4, SOURCE_ROUTE, TRUE4)],
+    ids=["options", "routing header", "source route"],
+)
+def test_what_a_receiver_would_not_recognize_leaves_with_a_whole_and_right_checksum(
+    version: int, between: bytes, true: bytes, size: int, *, takes_partial: bool
+) -> None:
+    frame = odd_frame(between, payload=bytes(range(250)), size=size, version=version, true=true)
+    start, own = (40 + len(between), OWN6) if version == 6 else (20 + len(between), OWN4)
+    pieces = split(frame, takes_partial=takes_partial)
+    assert b"".join(bytes(piece[start + 20 :]) for piece in pieces) == bytes(range(250))
+    assert len(pieces) == (3 if size else 1)
+    for piece in pieces:
+        part = bytes(piece[start:])
+        assert plain_checksum(struct.pack(">H", pseudo(own + true, len(part))) + part) == 0
+
+
+def test_a_frame_of_many_small_segments_is_cut_in_time_and_one_of_absurdly_many_is_refused() -> None:
+    frame = odd_frame(OPTIONS, payload=bytes(1360 * 48), size=48)
+    pieces = split(frame, takes_partial=False)
+    assert len(pieces) == 1360
+    sequences = [struct.unpack_from(">I", piece, 40 + len(OPTIONS) + 4)[0] for piece in pieces]
+    assert sequences == [7 + 48 * number for number in range(1360)]
+    with pytest.raises(BadPacketError, match="segments"):
+        split(odd_frame(OPTIONS, payload=bytes(60_000), size=1), takes_partial=False)
+
+
+@pytest.mark.parametrize("words", [2, 3, 4])
+def test_a_tcp_header_that_is_shorter_than_itself_is_refused(words: int) -> None:
+    frame = bytearray(odd_frame(OPTIONS, payload=bytes(500), size=100))
+    frame[VNET_SIZE + 40 + len(OPTIONS) + 12] = words << 4
+    with pytest.raises(BadPacketError):
+        split(memoryview(frame), takes_partial=True)
+
+
+def test_a_datagram_with_bytes_behind_it_is_handed_over_as_it_is() -> None:
+    body = struct.pack(">HHHH", 1000, 2000, 12, 0) + b"data" + b"tail"
+    packet = bytearray(ipv4(body))
+    partial = pseudo(bytes(packet[12:20]), 0) - 6 + 17 + len(body)
+    packet[26:28] = ((partial - 1) % 0xFFFF + 1).to_bytes(2, "big")
+    assert single(bytes(packet))[0] == PLAIN

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptunnel import noise
+from mptunnel.config import ClientSettings
 from mptunnel.messages import INITIATION, OVERHEAD, RESPONSE, TRANSPORT
 from mptunnel.peer import MAX_STAGED, IndexTable
 from mptunnel.session import MAX_RUN, MAX_SEGMENTS, REJECT_AFTER_MESSAGES
@@ -333,6 +334,36 @@ def test_a_second_initiation_within_20_ms_is_refused() -> None:
     net.deliver(bytes(second), net.source(0))
     net.turn()
     assert len(net.sent(RESPONSE, "down")) == 2
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_what_has_waited_for_an_outage_to_end_is_dropped_and_what_is_new_comes(side: str) -> None:
+    net = Simnet(Wire())
+    net.run(3.0)
+    Traffic(net, 10.0).run(2.0)
+    net.wires[0].is_cut = True
+    net.run(400.0)
+    old = Traffic(net, 1.0, sides=(side,))
+    old.run(5.0, rest=60.0)
+    new = Traffic(net, 10.0, sides=(side,))
+    new.start(30.0)
+    net.run(1.0)
+    net.wires[0].is_cut = False
+    net.run(40.0)
+    assert not old.arrived(side)
+    assert new.lost(side, since=net.now - 35.0) == 0
+
+
+def test_nothing_overtakes_what_waits() -> None:
+    net = Simnet(Wire(), settings=ClientSettings(server="sim.example", interfaces=("w0",), idle_probe=25.0))
+    net.run(60.0)
+    net.run(net.client.paths[0].last_probe_at + 10.0 - net.now)
+    packets = [ipv4(TARGET, CLIENT, bytes([number]) * 1000) for number in range(20)]
+    net.server_sends(*packets)
+    net.server_sends(ipv4(TARGET, CLIENT, b"small"))
+    net.run(2.0)
+    came = [packet[20:21] for _, packet in net.at_client]
+    assert came == [bytes([number]) for number in range(20)] + [b"s"]
 
 
 def test_an_older_initiation_is_refused() -> None:

@@ -189,6 +189,36 @@ def test_a_path_that_has_probed_too_often_for_its_numbers_begins_a_new_incarnati
     assert max(path.number for path in net.guest.paths.values()) < 100
 
 
+@pytest.mark.parametrize("mtu", [0, 1, 600, 1279])
+def test_a_server_cannot_make_the_tunnel_smaller_than_ipv6_takes(mtu: int) -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(1.0)
+    net.peer._hello_is_answered = False
+    answer = Hello(
+        is_answer=True,
+        version=1,
+        oldest=1,
+        capabilities=Capability.MULTIPATH,
+        instance=net.peer.server_instance or 0,
+        mtu=mtu,
+        mode=0,
+        paths=2,
+        serial=net.peer._hello_serial,
+    )
+    net.peer._hello_received(net.peer.current, answer, net.now, net.client.out)  # type: ignore[arg-type]
+    assert net.peer.mtu == 1280
+
+
+def test_refused_handshakes_are_not_taken_from_what_a_path_has_sent() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(1.0)
+    before = net.client.paths[0].tx, net.client.paths[0].tx_bytes
+    for _ in range(200):
+        net.client.not_sent(0, 1, 148, "ENETUNREACH", net.now, is_counted=False)
+    assert (net.client.paths[0].tx, net.client.paths[0].tx_bytes) == before
+    assert net.client.paths[0].errors == {"ENETUNREACH": 200}
+
+
 def test_no_initiation_follows_an_answered_one_within_a_second() -> None:
     net = Simnet(Wire(), Wire())
     drop(net, "down", Control.ECHO, Control.HELLO, Control.ADDRESS)

@@ -15,6 +15,8 @@ from mptunnel.noise import SessionKeys
 from mptunnel.session import (
     CONTROL,
     FIRST_PATH,
+    MAX_RUN,
+    MAX_SEGMENTS,
     NARROW_WINDOW,
     NO_PATH,
     REJECT_AFTER_MESSAGES,
@@ -24,6 +26,7 @@ from mptunnel.session import (
     ReplayWindow,
     Session,
     read_counters,
+    runs,
     same_headers,
     sealed_size,
 )
@@ -449,3 +452,11 @@ def test_counters_are_read_from_every_datagram_of_a_run(counters: list[int], siz
     datagrams = [TRANSPORT_HEADER.pack(4, 1, counter).ljust(size, b"x") for counter in counters]
     datagrams[-1] = datagrams[-1][: data.draw(st.integers(OVERHEAD, size))]
     assert list(read_counters(memoryview(b"".join(datagrams)), size)) == counters
+
+
+@pytest.mark.parametrize("mtu", [1280, 1300, 1320, 1340, 1360, 1380, 1400, 1420])
+def test_no_run_is_longer_than_one_call_takes(mtu: int) -> None:
+    for count in range(1, 300):
+        found = list(runs([bytes(mtu)] * count, mtu))
+        assert sum(len(run) for run, _ in found) == count
+        assert all(len(run) <= MAX_SEGMENTS and len(run) * size <= MAX_RUN for run, size in found)
