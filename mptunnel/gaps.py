@@ -127,7 +127,7 @@ class Gaps:
 
     def sender_restarted(self, serial: int) -> None:
         """The session `serial` is the first one of another run of the sender."""
-        self._anew = serial
+        self._anew = float(serial)
 
     def stand_by(self, standing: int) -> None:
         """These paths stand by, by bit; they alone would have been silent."""

@@ -64,6 +64,7 @@ QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: tw
 PEACE: Final = 0.0004  # s without packets: time for what is due
 LATEST: Final = 0.002  # s that it may wait for that
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
+STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 QUEUE_FULL: Final = "receive queue full"  # among the drops
 _NOTHING: list[int] = []
 
@@ -620,7 +621,7 @@ def _noted(number: int, frame: object) -> None:
 def _signals() -> Any:
     """Turn SIGTERM, SIGINT and SIGHUP into a readable descriptor."""
     read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    wanted = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup(1) holds
     before = {number: signal.signal(number, _noted) for number in wanted}
     woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:

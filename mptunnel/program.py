@@ -11,11 +11,12 @@ import ipaddress
 import logging
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mptunnel import host, netlink, udp
 from mptunnel.client import Client, Membership
@@ -31,7 +32,7 @@ from mptunnel.config import (
 )
 from mptunnel.errors import ConfigError, MptunnelError
 from mptunnel.events import RunScript, SaveState
-from mptunnel.loop import ClientLoop, ServerLoop, now
+from mptunnel.loop import STOPPING, ClientLoop, ServerLoop, now
 from mptunnel.membership import find_membership
 from mptunnel.messages import Capability
 from mptunnel.plan import Tunnel, path_values, tunnel_values
@@ -41,6 +42,8 @@ from mptunnel.tun import Tun
 from mptunnel.uplinks import Uplinks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mptunnel.config import ClientSettings, Link, ServerSettings, Settings
     from mptunnel.events import ScriptValue
 
@@ -59,6 +62,7 @@ def run_server(settings: ServerSettings) -> None:
         return
     _protect_memory()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_stopped_in_order())
         stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
         stack.enter_context(state.lock_server())
         key = state.server_key()
@@ -98,6 +102,7 @@ def run_server(settings: ServerSettings) -> None:
         stack.callback(loop.finish)
         log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
         _tell_first_line(settings, links, token)
+        stack.callback(_ignore_signals)  # before anything is taken back
         loop.run()
 
 
@@ -110,6 +115,7 @@ def run_client(settings: ClientSettings) -> None:
         return
     _protect_memory()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_stopped_in_order())
         stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
         settings, membership = find_membership(settings, state, log)
         reserved = state.timestamp("client")
@@ -138,7 +144,36 @@ def run_client(settings: ClientSettings) -> None:
         loop = ClientLoop(settings, role, tun, the_host, state)
         stack.callback(loop.finish)
         role.links_changed(links, now())
+        stack.callback(_ignore_signals)  # before anything is taken back
         loop.run()
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the start as an exception, so that what was changed by then is taken back.
+
+    Those that were ignored when we began, as nohup(1) does, still are.
+    """
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _stop:  # not where the end is near
+                signal.signal(number, handler)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _ignore_signals() -> None:
+    """We are stopping already: whoever says so again must not leave the host half taken back."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _capabilities(tun: Tun) -> Capability:

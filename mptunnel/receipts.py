@@ -222,7 +222,7 @@ class Receipts:
         a gap.
         """
         if serial > self._begun_in:
-            self._anew = serial
+            self._anew = float(serial)
         self._said_by.clear()
         self._said = ()  # who is told of the account now has heard nothing of it yet
         self.gaps.sender_restarted(serial)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mptunnel.lab import TARGET
-from tests.running import Maker, Tunnel, wait_until
+from tests.running import PATIENCE, Maker, Tunnel, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,16 @@ def clean_end(tunnel: Tunnel) -> None:
     tunnel.stop("cl", "sv")
 
 
+def impatient_end(tunnel: Tunnel) -> None:
+    """Somebody who says it again and again, and closes the terminal."""
+    for place in ("cl", "sv"):
+        process = tunnel.running.pop(place)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+            time.sleep(0.03)
+        assert process.wait(PATIENCE) == 0, tunnel.log(place)
+
+
 def kill_and_cleanup(tunnel: Tunnel) -> None:
     tunnel.kill("cl", "sv")
     for role in ("cl", "sv"):
@@ -76,7 +88,7 @@ def kill_and_clean_end_of_the_next(tunnel: Tunnel) -> None:
     tunnel.stop("cl", "sv")
 
 
-@pytest.mark.parametrize("end", [clean_end, kill_and_cleanup, kill_and_clean_end_of_the_next])
+@pytest.mark.parametrize("end", [clean_end, impatient_end, kill_and_cleanup, kill_and_clean_end_of_the_next])
 def test_both_hosts_are_as_they_were_after(make_tunnel: Maker, end: Callable[[Tunnel], None]) -> None:
     tunnel = make_tunnel(seed=51, ipv6=True)
     before = both(tunnel)
@@ -90,6 +102,29 @@ def test_both_hosts_are_as_they_were_after(make_tunnel: Maker, end: Callable[[Tu
     after = both(tunnel)
     for role, seen in before.items():
         assert after[role] == seen
+
+
+@pytest.mark.parametrize("after", [0.1, 0.4, 0.7, 1.0])
+def test_a_server_that_is_stopped_while_it_starts_leaves_nothing(make_tunnel: Maker, after: float) -> None:
+    tunnel = make_tunnel(seed=52, ipv6=True)
+    before = tunnel.look("sv")
+    process = tunnel.start("sv", "-s")
+    time.sleep(after)
+    process.send_signal(signal.SIGTERM)
+    process.wait(PATIENCE)
+    tunnel.running.pop("sv")
+    assert tunnel.look("sv") == before
+
+
+def test_what_nohup_began_outlives_the_terminal(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=53)
+    process = tunnel.lab.spawn("sv", ["nohup", *tunnel.command("sv", "-s")])
+    tunnel.running["sv"] = process
+    wait_until(lambda: tunnel.status("sv"), "the server listens")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert tunnel.status("sv")
+    tunnel.stop("sv")
 
 
 def test_cleanup_leaves_alone_what_runs(make_tunnel: Maker) -> None:
