@@ -8,6 +8,7 @@ is imported where it is used: `mptunnel --help` has to be quick.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -67,6 +68,12 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it flushes
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        click.echo(f"{PROGRAM}: cannot write: no space left on device", err=True)
         return 1
     return code if isinstance(code, int) else 0
 
@@ -520,6 +527,7 @@ def cleanup(ctx: click.Context, device: str | None, state_dir: Path, run_dir: Pa
     from mptunnel import config, host  # noqa: PLC0415
 
     del state_dir
+    device = device or ctx.find_root().params.get("tun")
     if device is not None:
         config.instance_number(device)
     _require_net_admin(ctx, dry_run=False)

@@ -42,6 +42,8 @@ class Commands(click.Group):
 def _place(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Path:
     """Return a directory: as given to the command, else to the program, else the default."""
     name = str(parameter.name)
+    if not value and value is not None:
+        raise click.BadParameter("a directory is expected, not an empty word", ctx, parameter)
     return Path(value or ctx.find_root().params.get(name) or PLACES[name]).absolute()
 
 

@@ -173,6 +173,8 @@ def _common(given: Given) -> dict[str, Any]:
         values["mode"] = parse_mode(given["mode"])
     for name in ("state_dir", "run_dir"):
         if name in given:
+            if not given[name]:
+                raise ConfigError(f"--{name.replace('_', '-')}: a directory is expected, not an empty word")
             values[name] = Path(given[name]).absolute()
     if given.get("script") == "none":
         values["no_script"] = True

@@ -276,7 +276,10 @@ def _addresses_of(settings: ClientSettings, membership: Membership) -> tuple[IPA
 def _show_client_plan(settings: ClientSettings, the_host: host.Host) -> None:
     """Print what the script would do; what only the server can say is shown by examples."""
     links = netlink.snapshot()
-    server = next(iter(udp.resolve(settings.server, settings.port)), None) if settings.server else None
+    try:
+        server = next(iter(udp.resolve(settings.server, settings.port)), None) if settings.server else None
+    except (OSError, UnicodeError):
+        server = None
     if server is None:
         raise ConfigError(f"server {settings.server!a} does not resolve, so there is nothing to show")
     uplinks = Uplinks(settings.interfaces)

@@ -40,7 +40,7 @@ from mptunnel.events import SaveState
 from mptunnel.messages import Enrol, EnrolResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from mptunnel.events import Event
 
@@ -87,6 +87,13 @@ class Register:
         self._expires_at = {token.join_public: now + token.expires - wall for token in tokens}
         for record in self.records.values():
             self._index(record)
+
+    def save_again(self, names: Collection[str]) -> None:
+        """Save these files as they should be now, since that could not be done."""
+        if "server/peers" in names:
+            self._save_peers()
+        if "server/tokens" in names:
+            self._save_tokens()
 
     def take_saves(self) -> list[Event]:
         """Take out what must be saved."""

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
 _DESTINATION: Final = slice(VNET_SIZE + 16, VNET_SIZE + 20)  # of an IPv4 packet, in its frame
+REGISTER_FILES: Final = frozenset({"server/peers", "server/tokens"})
+SAVE_AGAIN: Final = 10.0  # s after that could not be done: a restart would bring back who was removed
 ADMIT_AFTER: Final = 1.0  # s after another firewall has made chains: it may still be making them
 ADMIT_SPACING: Final = 5.0
 MAX_REFUSED: Final = 256  # endpoints remembered
@@ -106,6 +108,8 @@ class Server(Role):
         self._setup = setup
         self._mend_at = INF
         self._admit_at, self._admitted_at = INF, -INF
+        self._failed: set[str] = set()  # files of the register that could not be saved
+        self._save_again_at = INF
         self._upkeep = Upkeep(device)
         if setup is not None:
             self._upkeep.gateway_asked()
@@ -167,7 +171,7 @@ class Server(Role):
         """When `handle_timeout` is due; at once while handshakes wait."""
         if self._handshakes:
             return -INF
-        due = min(self.ledger.due, self._mend_at, self._admit_at)
+        due = min(self.ledger.due, self._mend_at, self._admit_at, self._save_again_at)
         return min(self._heap[0][0], due) if self._heap else due
 
     def handle_timeout(self, now: float) -> None:
@@ -184,6 +188,9 @@ class Server(Role):
             self._after(peer, now)
         if now >= self._mend_at:
             self._mend(now)
+        if now >= self._save_again_at:
+            self._save_again_at = INF
+            self.register.save_again(self._failed)
         if now >= self._admit_at:
             self._admit_at, self._admitted_at = INF, now
             self._events.append(RunScript("admit", {}))
@@ -230,6 +237,9 @@ class Server(Role):
             log.warning("cannot save %s: %s; the tunnel goes on, but a restart would not know of it", job.name, result)
         if job.name == self._file and isinstance(job.document, dict):
             self.identity.timestamps.reserved(job.document["reserved"])
+        if job.name in REGISTER_FILES:
+            (self._failed.add if failed else self._failed.discard)(job.name)
+            self._save_again_at = now + SAVE_AGAIN if self._failed else INF
         if job.name == "server/peers":
             self._are_peers_unsaved = failed
         if id(job) in self._unsaved:  # the tokens, which are saved right after the peers

@@ -622,3 +622,24 @@ def test_the_log_bears_the_time_where_nobody_else_notes_it(
     err = capsys.readouterr().err
     assert err.startswith("20")
     assert err.endswith(" path up\n")
+
+
+def test_an_empty_directory_is_a_mistake_wherever_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["-s", "--state-dir", ""], ["token", "list", "--state-dir", ""], ["status", "--run-dir", ""]):
+        assert cli.run(words) == 2
+        assert "a directory is expected" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_said_in_a_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mptunnel", "genkey"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "mptunnel: cannot write: no space left on device\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_does_not_resolve_has_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["-c", "nosuch.invalid", "-i", "lo", "--dry-run"]) == 2
+    assert "does not resolve" in capsys.readouterr().err

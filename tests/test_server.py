@@ -464,6 +464,22 @@ def test_if_either_file_cannot_be_saved_the_client_is_to_try_again(failing: str)
     assert peers_from_document(net.saved["server/peers"])[0].public_key == KEY
 
 
+def test_what_could_not_be_saved_is_saved_as_soon_as_it_can_be() -> None:
+    net = Simnet(Wire())
+    net.run(1.0)
+    net.failing = {"server/peers", "server/tokens"}
+    net.server.control("peer-remove", Fields({"name": "sim"}, "peer-remove"), net.now)
+    net.run(25.0)
+    (peer,) = peers_from_document(net.saved["server/peers"])
+    assert peer.removed is None
+    net.failing = set()
+    net.run(11.0)
+    (peer,) = peers_from_document(net.saved["server/peers"])
+    assert peer.removed is not None
+    net.run(60.0)
+    assert net.server._save_again_at == float("inf")
+
+
 def test_a_join_session_carries_nothing_but_enrol() -> None:
     net, _, holder = joining()
     assert holder.current is not None
