@@ -17,7 +17,7 @@ connections) is expected from when it was first seen. Scripts of the user's own 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import TYPE_CHECKING, Final
 
@@ -101,7 +101,7 @@ class _Thing:
 class Upkeep:
     """What the scripts have made. `device` is the tunnel's."""
 
-    __slots__ = ("_base", "_device", "_links", "_picture", "_table_gone_at", "_things")
+    __slots__ = ("_base", "_device", "_is_told_taken", "_links", "_picture", "_table_gone_at", "_things")
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -110,6 +110,7 @@ class Upkeep:
         self._picture: Picture | None = None
         self._links: Sequence[Link] = ()
         self._table_gone_at = INF
+        self._is_told_taken = False
 
     # -- what the script has been asked for ------------------------------------------------------------
 
@@ -160,9 +161,18 @@ class Upkeep:
     def looked(self, links: Sequence[Link], picture: Picture) -> None:
         """The host looks like this."""
         self._links, self._picture = links, picture
+        self._tell_taken(picture)
         tunnel = self._things.get(TUNNEL)
         if tunnel is not None and not tunnel.under_way:
             tunnel.seen |= {*self._kept(picture), *(tunnel.hoped & picture.routes), *self._addresses()}
+
+    def _tell_taken(self, picture: Picture) -> None:
+        tunnel = self._things.get(TUNNEL)
+        ours = set() if tunnel is None else (tunnel.wanted | tunnel.hoped) - picture.routes
+        by = {route.device for route in picture.routes if replace(route, device=self._device) in ours}
+        if by and not self._is_told_taken:
+            log.warning("%s leads what goes by %s: both are to carry the same networks", min(by), self._device)
+        self._is_told_taken = bool(by)
 
     def table_seen(self, now: float, *, is_there: bool) -> None:
         """Our nft table has just gone, or has come."""
@@ -198,9 +208,19 @@ class Upkeep:
         picture = self._picture
         if picture is None:
             return False
-        if not thing.wanted <= picture.rules | picture.routes:
+        taken = self._taken(picture)
+        if not thing.wanted <= picture.rules | picture.routes | taken:
             return True
-        return number == TUNNEL and not thing.seen <= {*self._kept(picture), *picture.routes, *self._addresses()}
+        if number != TUNNEL:
+            return False
+        return not thing.seen <= {*self._kept(picture), *picture.routes, *taken, *self._addresses()}
+
+    def _taken(self, picture: Picture) -> frozenset[Expected]:
+        """What of ours another instance leads its own way: two that lead everything must not fight for it."""
+        return frozenset(replace(route, device=self._device) for route in picture.routes if self._is_anothers(route))
+
+    def _is_anothers(self, route: Route) -> bool:
+        return route.table == "main" and route.device.startswith("mpt") and route.device != self._device
 
     def _kept(self, picture: Picture) -> set[Expected]:
         """The rules of kept connections, without which their table is idle; and they without it."""

@@ -115,6 +115,18 @@ def test_the_tunnel_is_its_addresses_and_its_routes() -> None:
         assert upkeep.due(1.0) == [TUNNEL]
 
 
+def test_two_that_lead_everything_do_not_fight_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    upkeep = with_tunnel()
+    upkeep.looked(BOTH, picture(routes=[*IN4, *IN6]))
+    anothers = [Route(each.version, "main", each.target, "mpt1") for each in (*IN4[:2], *IN6[:2])]
+    for _ in range(3):
+        upkeep.looked(BOTH, picture(routes=[IN4[2], IN6[2], *anothers]))
+        assert upkeep.due(2000.0) == []
+    assert caplog.messages == ["mpt1 leads what goes by mpt0: both are to carry the same networks"]
+    upkeep.looked(BOTH, picture(routes=[IN4[2], IN6[2]]))
+    assert upkeep.due(2001.0) == [TUNNEL], "the other one has gone"
+
+
 def test_ipv6_that_was_never_there_is_not_missed() -> None:
     upkeep = with_tunnel()
     upkeep.looked(device("10.0.1.2/32"), picture([], IN4))
