@@ -44,7 +44,18 @@ from mptunnel.events import (
     Stop,
 )
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
-from mptunnel.packet import GSO_TYPE, IPV6_HEADER, LEAST_FRAME, MIN_MTU, PLAIN_IPV4, VNET_SIZE, no_route6, split
+from mptunnel.packet import (
+    CSUM_START,
+    GSO_TYPE,
+    IPV4_HEADER,
+    IPV6_HEADER,
+    LEAST_FRAME,
+    MIN_MTU,
+    PLAIN_IPV4,
+    VNET_SIZE,
+    no_route6,
+    split,
+)
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
@@ -101,6 +112,7 @@ class Membership:
     private_key: bytes = field(repr=False)
     token: JoinToken | None = field(default=None, repr=False)
     name: str = "client"
+    former: tuple[ServerRecord, ...] = ()  # that had the server's name before, which is another's once that is joined
 
 
 class Client(Role):
@@ -295,6 +307,8 @@ class Client(Role):
         """
         peer = self._peer
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4 or self._meter is not None:
+            return None
+        if frame[0] and frame[CSUM_START] != IPV4_HEADER:  # something is between, and has a sum of its own
             return None
         if now >= peer.short_until or not peer.takes_partial:
             return None
@@ -744,6 +758,9 @@ class Client(Role):
                 )
                 return
             log.info("joined %s as %s", self._membership_name(), self._membership.name)
+            for former in self._membership.former:
+                former.forget(self._membership_name())
+                self._save_record(former)
             self._become_ourselves(now)
 
     def _become_ourselves(self, now: float) -> None:

@@ -41,6 +41,7 @@ from mptunnel.path import (
     PROBE_INTERVAL,
     UNASKED_INTERVAL,
     Allowance,
+    Limits,
     PathState,
     ServerPath,
     records,
@@ -86,7 +87,7 @@ class ClientPeer(Peer):
         super().__init__(identity, remote, record.name, mtu, now)
         self.record = record
         self.paths: dict[int, ServerPath] = {}
-        self._former: dict[int, ServerPath] = {}  # that had a number last, for what limits whoever has it
+        self._limits: dict[int, Limits] = {}  # of those that had a number last: they limit who has it next
         self.news: list[Notice | int | None] = []
         self.is_here = False  # as was told by a notice
         self.tunnel_mtu = 0  # what its HELLO said
@@ -122,6 +123,11 @@ class ClientPeer(Peer):
             if fits:
                 chosen.append((path, path.endpoint, fits))
         return chosen
+
+    def _has_way(self, size: int, now: float) -> bool:
+        if not self.is_multipath:
+            return self.endpoint is not None and (now >= self._stock_from or self._credit >= size)
+        return any(path.state is not PathState.IDLE or path.idle_room >= size for path in self._carriers(now))
 
     def _free_ways(self, now: float) -> list[tuple[ServerPath, Any]]:
         carriers = self._carriers(now) if self.is_multipath else []
@@ -329,6 +335,7 @@ class ClientPeer(Peer):
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         if path.endpoint != source:
             self._challenge(path, probe, source, now, out)
+            self._flush(now, out)  # its records may have brought another path back
             return
         path.adopt(probe, now)
         if path.fed_back is not None:
@@ -418,18 +425,18 @@ class ClientPeer(Peer):
 
     def _new_path(self, number: int, now: float) -> ServerPath:
         path = self.paths[number] = ServerPath(number, now)
-        if number in self._former:
-            path.inherit(self._former[number])
+        if number in self._limits:
+            path.limits = self._limits[number]
         return path
 
     def _forget_path(self, path: ServerPath) -> None:
         del self.paths[path.id]
-        self._former[path.id] = path
+        self._limits[path.id] = path.limits
         if path.endpoint is not None:
             self._bound.pop(path.endpoint, None)
 
     def _forget_paths(self) -> None:
-        self._former |= self.paths
+        self._limits |= {path.id: path.limits for path in self.paths.values()}
         self.paths.clear()
         self._bound.clear()
 

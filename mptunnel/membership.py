@@ -40,17 +40,12 @@ def find_membership(settings: ClientSettings, state: StateDir, log: Logger) -> t
         record.spellings = (*record.spellings, name)
         if record in known or settings.server_key is not None:
             state.save(f"client/servers/{record.file_name}", record.to_document())
-    if token is not None or settings.server_key is not None:
-        _take_name(name, record, known, state)
-    return settings, Membership(record, state.client_key().private_key, token, host_name())
-
-
-def _take_name(name: str, record: ServerRecord, known: list[ServerRecord], state: StateDir) -> None:
-    """From now on this spelling is that of `record`, which a key or a token has named: another one was made anew."""
-    for other in known:
-        if other is not record and name in other.spellings:
-            other.spellings = tuple(spelling for spelling in other.spellings if spelling != name)
+    former = tuple(other for other in known if other is not record and name in other.spellings)
+    if settings.server_key is not None:  # from now on the name is that of this server
+        for other in former:
+            other.forget(name)
             state.save(f"client/servers/{other.file_name}", other.to_document())
+    return settings, Membership(record, state.client_key().private_key, token, host_name(), former)
 
 
 def _of_stock_server(settings: ClientSettings) -> tuple[ClientSettings, Membership]:

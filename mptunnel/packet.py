@@ -17,6 +17,7 @@ Sources: linux/virtio_net.h; Documentation/networking/segmentation-offloads.rst;
 from __future__ import annotations
 
 import struct
+import sys
 from functools import lru_cache
 from ipaddress import IPv6Address
 from operator import add, eq, itemgetter
@@ -45,6 +46,7 @@ _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
 GSO_TYPE: Final = 1  # where a frame says it
+CSUM_START: Final = 6 if sys.byteorder == "little" else 7  # and where it says this, if it is below 256
 GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5

@@ -120,6 +120,9 @@ class Allowance:
         return self._count <= MAX_ANSWERS
 
 
+Limits = tuple[Allowance, float]  # of a server's path, see `ServerPath.limits`
+
+
 class LossMeter:
     """Differences of a sender's count and a receiver's, in total and over the last seconds."""
 
@@ -696,9 +699,14 @@ class ServerPath(Path):
         self._challenged_at = candidate.arrived_at = now
         return candidate.token(now, entropy)
 
-    def inherit(self, former: ServerPath) -> None:
-        """What limits a path of this number limits the next one that has it too."""
-        self._answers, self._challenged_at = former._answers, former._challenged_at
+    @property
+    def limits(self) -> Limits:
+        """What it may still answer, and when it challenged last: that limits the next path of this number too."""
+        return self._answers, self._challenged_at
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._answers, self._challenged_at = limits
 
     def bind(self, candidate: Candidate, now: float) -> None:
         """The candidate has answered from its address: it is the path's endpoint from now on."""

@@ -39,7 +39,7 @@ from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
 from mptunnel.receipts import SETTLE_AFTER, Receipts
-from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs
+from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, REKEY_ATTEMPT_TIME, PeerTimers, Timer
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ class Peer:
             self._stage(packets, now)
             self._want_handshake(now, out)
             return
-        self._flush(now, out)  # what waits goes first, or nothing does
+        if self._staged:
+            self._flush(now, out)  # what waits goes first, or nothing does
         self._send_runs(session, packets, now, out)
         self.timers.data_sent(now)
         if self._wants_successor(session, now):
@@ -344,7 +345,7 @@ class Peer:
         session = self.current
         if session is None or not self.is_multipath:
             return
-        if now - self._sent_alone_at < SHORT_WAY and now - self._sends_looked_at < CLOSE_LOOK:
+        if not self._staged and now - self._sent_alone_at < SHORT_WAY and now - self._sends_looked_at < CLOSE_LOOK:
             ways = self._free_ways(now)
             if ways and session.is_alive(now) and not self._wants_successor(session, now):
                 self._ways, self.short_until = ways, now + SHORT_WAY
@@ -371,6 +372,9 @@ class Peer:
         waiting = [each for each in self._staged if now - each[0] < patience]
         if len(waiting) < len(self._staged):
             self.identity.drops["staged too long"] += len(self._staged) - len(waiting)
+        if waiting and not self._has_way(sealed_size(len(waiting[0][1]), self.tunnel_mtu or self.mtu), now):
+            self._staged = deque(waiting, MAX_STAGED)
+            return
         self._staged.clear()
         if waiting:
             self.book()
@@ -869,6 +873,10 @@ class Peer:
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[Path | None, Any, int]]:
         """Which ways get how many leading datagrams of a run. A stock peer: its endpoint, all."""
         return [] if self.endpoint is None else [(None, self.endpoint, count)]
+
+    def _has_way(self, size: int, now: float) -> bool:
+        """Whether a datagram of this size could go anywhere now."""
+        return self.endpoint is not None
 
     def _free_ways(self, now: float) -> Sequence[tuple[Path, Any]]:
         """All ways that a packet goes now, if none of them is limited in what it takes; else none."""

@@ -97,12 +97,13 @@ def run_server(settings: ServerSettings) -> None:
         token = role.make_first_token(moment) or role.take_token_file(state.text("server/join-token") or "")
         _save_now(role, state, moment)
         stack.callback(host.restore, settings.run_dir, device, settings.script)
+        stack.callback(_ignore_signals)  # first of all, wherever it ends
         the_host.run(setup.verb, setup.values)
         loop = ServerLoop(settings, role, tun, the_host, state, sock)
         stack.callback(loop.finish)
         log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
         _tell_first_line(settings, links, token)
-        stack.callback(_ignore_signals)  # before anything is taken back
+        stack.callback(_ignore_signals)
         loop.run()
 
 
@@ -141,10 +142,11 @@ def run_client(settings: ClientSettings) -> None:
         host.restore(settings.run_dir, device, settings.script)
         _save_now(role, state, moment)
         stack.callback(host.restore, settings.run_dir, device, settings.script)
+        stack.callback(_ignore_signals)  # first of all, wherever it ends
         loop = ClientLoop(settings, role, tun, the_host, state)
         stack.callback(loop.finish)
         role.links_changed(links, now())
-        stack.callback(_ignore_signals)  # before anything is taken back
+        stack.callback(_ignore_signals)
         loop.run()
 
 
@@ -201,6 +203,8 @@ def _save_now(role: Client | Server, state: StateDir, moment: float) -> None:
 
 def _network_of(state: StateDir, settings: ServerSettings, links: tuple[Link, ...]) -> Any:
     network = state.network()
+    if network is not None and network.ipv4 == settings.network4:  # whoever says so again insists
+        return network
     if network is None:
         network = new_network(settings.network4 or free_network(links), os.urandom)
         _check_neighbours(network.ipv4, links)
@@ -223,7 +227,10 @@ def _check_neighbours(network: IPv4Network, links: tuple[Link, ...]) -> None:
     for link, address in neighbours(network, links):
         what = f"the tunnel network {network} is also in use at {link.name} ({address})"
         if address.ip in network:
-            raise ConfigError(f"{what}: this host would be cut off there; choose another one with --network")
+            raise ConfigError(
+                f"{what}: this host would be cut off there; choose another one with --network, "
+                f"or say --network {network} to have it all the same"
+            )
         log.warning("%s: what has an address in both cannot be reached there", what)
 
 

@@ -189,6 +189,10 @@ class ServerRecord:
         """The first 16 hexadecimal digits of BLAKE2s-256 of its public key."""
         return hashlib.blake2s(self.public_key).hexdigest()[:16]
 
+    def forget(self, spelling: str) -> None:
+        """Another server is reached by this name now."""
+        self.spellings = tuple(each for each in self.spellings if each != spelling)
+
     def to_document(self) -> Document:
         """Return the file's content."""
         return {

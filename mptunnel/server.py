@@ -20,7 +20,17 @@ from mptunnel.config import JoinToken, encode_key, key_short
 from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import Notice, RunScript, SaveState
 from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult
-from mptunnel.packet import GSO_TYPE, LEAST_FRAME, MIN_MTU, PLAIN_IPV4, VNET_SIZE, destination, split
+from mptunnel.packet import (
+    CSUM_START,
+    GSO_TYPE,
+    IPV4_HEADER,
+    LEAST_FRAME,
+    MIN_MTU,
+    PLAIN_IPV4,
+    VNET_SIZE,
+    destination,
+    split,
+)
 from mptunnel.register import Register, Reply
 from mptunnel.role import INF, Role
 from mptunnel.upkeep import TUNNEL, Upkeep
@@ -162,6 +172,8 @@ class Server(Role):
         """
         if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
             return None
+        if frame[0] and frame[CSUM_START] != IPV4_HEADER:  # something is between, and has a sum of its own
+            return None
         peer = self._peer_at.get(bytes(frame[_DESTINATION]))
         if peer is None or now >= peer.short_until or not peer.takes_partial:
             return None
@@ -193,7 +205,8 @@ class Server(Role):
             self.register.save_again(self._failed)
         if now >= self._admit_at:
             self._admit_at, self._admitted_at = INF, now
-            self._events.append(RunScript("admit", {}))
+            if self._mend_at == INF:  # else `up` does it, once the rules of the gateway are there again
+                self._events.append(RunScript("admit", {}))
 
     def _mend(self, now: float) -> None:
         """Make the gateway again, whose nft table others have removed."""

@@ -249,6 +249,9 @@ class ServerPeer(Peer):
         allot(carriers, count, size, now)
         return [(path, path.id, given) for path, given in self._scheduler.choose(count, size, carriers)]
 
+    def _has_way(self, size: int, now: float) -> bool:
+        return bool(self._carriers(now))
+
     def _free_ways(self, now: float) -> list[tuple[ClientPath, Any]]:
         carriers = self._carriers(now)
         is_free = not any(path.is_limited(now) or path.is_small for path in carriers)

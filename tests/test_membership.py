@@ -106,15 +106,19 @@ def test_a_host_name_is_made_fit_for_a_peers_name(monkeypatch: pytest.MonkeyPatc
         assert NAME_LETTERS.issuperset(host_name())
 
 
-@pytest.mark.parametrize("by", ["token", "key"])
-def test_a_server_that_was_made_anew_takes_its_name_over(tmp_path: Path, by: str) -> None:
+def test_a_server_that_is_named_by_its_key_takes_the_name_over(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     known(state, KEY, "vpn.example:5000", "192.0.2.1:5000")
-    more = {"join": JoinToken(OTHER, bytes(24))} if by == "token" else {"server_key": OTHER}
-    _, membership = find_membership(asks("vpn.example", **more), state, LOG)
-    membership.record.joined = True
-    state.save(f"client/servers/{membership.record.file_name}", membership.record.to_document())
+    find_membership(asks("vpn.example", server_key=OTHER), state, LOG)
+    for name, key in (("vpn.example", OTHER), ("192.0.2.1", KEY)):
+        _, membership = find_membership(asks(name), state, LOG)
+        assert membership.record.public_key == key
+
+
+def test_a_token_takes_the_name_over_only_once_it_has_let_us_in(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    known(state, KEY, "vpn.example:5000")
+    _, membership = find_membership(asks("vpn.example", join=JoinToken(OTHER, bytes(16))), state, LOG)
+    assert [record.public_key for record in membership.former] == [KEY]
     _, membership = find_membership(asks("vpn.example"), state, LOG)
-    assert membership.record.public_key == OTHER
-    _, membership = find_membership(asks("192.0.2.1"), state, LOG)
-    assert membership.record.public_key == KEY
+    assert membership.record.public_key == KEY, "it was refused"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mptunnel.errors import BadPacketError
 from mptunnel.packet import (
+    CSUM_START,
     GSO_NONE,
     NEEDS_CSUM,
     PLAIN,
@@ -191,6 +192,10 @@ def test_what_a_receiver_would_not_recognize_leaves_with_a_whole_and_right_check
     for piece in pieces:
         part = bytes(piece[start:])
         assert plain_checksum(struct.pack(">H", pseudo(own + true, len(part))) + part) == 0
+
+
+def test_where_a_frame_says_that_its_sum_begins() -> None:
+    assert VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, 16)[CSUM_START] == 20
 
 
 def test_a_frame_of_many_small_segments_is_cut_in_time_and_one_of_absurdly_many_is_refused() -> None:

@@ -50,6 +50,8 @@ def test_a_host_that_would_be_cut_off_is_spared(tmp_path: Path, wished: IPv4Netw
     with pytest.raises(ConfigError, match=r"in use at eth0 .*cut off.*--network"):
         of(tmp_path, address, wished=wished)
     assert of(tmp_path, "192.0.2.7/24") == DEFAULT_NETWORK, "and nothing was written"
+    if wished is None:
+        assert of(tmp_path, address, wished=DEFAULT_NETWORK) == DEFAULT_NETWORK, "who insists has it"
 
 
 def test_a_larger_network_around_it_is_warned_of_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mptunnel import peer
 from mptunnel.config import Fields
-from mptunnel.packet import PLAIN
+from mptunnel.packet import GSO_NONE, NEEDS_CSUM, PLAIN, VNET
 from tests.simnet import TARGET, TUNNEL4, TUNNEL6, Simnet, Traffic, Wire, ipv4, ipv6
 
 if TYPE_CHECKING:
@@ -217,3 +217,16 @@ def test_a_path_that_moves_is_left_out_at_once() -> None:
     net.client.links_changed(net.links(), net.now)
     net.client.send([memoryview(PLAIN + ipv4(CLIENT, TARGET, b"y"))], net.now, [])
     assert {transmit.to for transmit in net.client.transmits()} == {1}
+
+
+@pytest.mark.parametrize("start", [20, 40])
+def test_a_sum_that_begins_further_in_is_not_for_the_short_way(start: int) -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(3.0)
+    Traffic(net, 200.0).start(1.0)
+    net.run(0.5)
+    assert net.client._peer.short_until > net.now
+    net.client._peer.takes_partial = True
+    frame = VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, 16) + ipv4(CLIENT, TARGET, bytes(60))
+    sealed = net.client.send_one(memoryview(frame), net.now)
+    assert (sealed is None) is (start != 20)
