@@ -36,6 +36,7 @@ from mptunnel.messages import (
     Use,
 )
 from mptunnel.path import (
+    IDLE_SLACK,
     LAST_RESORT,
     NOTICES,
     PROBE_INTERVAL,
@@ -123,6 +124,10 @@ class ClientPeer(Peer):
             if fits:
                 chosen.append((path, path.endpoint, fits))
         return chosen
+
+    def _staged_for(self) -> float:
+        """See `Peer._staged_for`; to a client whose probes are rare, what comes first waits for the next one."""
+        return max((super()._staged_for(), *(path.interval + IDLE_SLACK for path in self.paths.values())))
 
     def _has_way(self, size: int, now: float) -> bool:
         if not self.is_multipath:

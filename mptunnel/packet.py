@@ -17,7 +17,6 @@ Sources: linux/virtio_net.h; Documentation/networking/segmentation-offloads.rst;
 from __future__ import annotations
 
 import struct
-import sys
 from functools import lru_cache
 from ipaddress import IPv6Address
 from operator import add, eq, itemgetter
@@ -46,7 +45,7 @@ _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
 GSO_TYPE: Final = 1  # where a frame says it
-CSUM_START: Final = 6 if sys.byteorder == "little" else 7  # and where it says this, if it is below 256
+CSUM_START: Final = 7 - struct.pack("=H", 1)[0]  # and where it says this, if it is below 256
 GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5

@@ -368,7 +368,7 @@ class Peer:
         """Send what waits, but for what has waited too long to be of use; what cannot be sent goes on waiting."""
         if not self._staged:
             return
-        patience = STAGED_FOR if self.is_multipath else REKEY_ATTEMPT_TIME  # so long a stock peer may take
+        patience = self._staged_for()
         waiting = [each for each in self._staged if now - each[0] < patience]
         if len(waiting) < len(self._staged):
             self.identity.drops["staged too long"] += len(self._staged) - len(waiting)
@@ -797,7 +797,6 @@ class Peer:
                 log.debug("%s has been silent for 15 s: new handshake", self.name)
                 self._want_handshake(now, out)
             case Timer.ZERO_KEYS:
-                self._staged.clear()
                 self._forget_sessions()  # a handshake that is under way has nothing of them
             case Timer.SETTLE:
                 self._settle_at(self.receipts.settle(self._paths_in_use(), now, self._paths_standing_by()))
@@ -873,6 +872,10 @@ class Peer:
     def _choose(self, count: int, size: int, now: float) -> Sequence[tuple[Path | None, Any, int]]:
         """Which ways get how many leading datagrams of a run. A stock peer: its endpoint, all."""
         return [] if self.endpoint is None else [(None, self.endpoint, count)]
+
+    def _staged_for(self) -> float:
+        """How long a packet may wait and still be of use, in s."""
+        return STAGED_FOR if self.is_multipath else REKEY_ATTEMPT_TIME  # so long a stock peer may take
 
     def _has_way(self, size: int, now: float) -> bool:
         """Whether a datagram of this size could go anywhere now."""
