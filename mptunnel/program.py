@@ -202,23 +202,23 @@ def _save_now(role: Client | Server, state: StateDir, moment: float) -> None:
 
 
 def _network_of(state: StateDir, settings: ServerSettings, links: tuple[Link, ...]) -> Any:
-    network = state.network()
-    if network is not None and network.ipv4 == settings.network4:  # whoever says so again insists
-        return network
-    if network is None:
+    known = state.network()
+    if known is None:
         network = new_network(settings.network4 or free_network(links), os.urandom)
-        _check_neighbours(network.ipv4, links)
-        state.save("server/network", network.to_document())
-    elif settings.network4 is not None and settings.network4 != network.ipv4:
+    elif known.ipv4 == settings.network4:  # whoever says so again insists
+        return known
+    elif settings.network4 is None:
+        network = known
+    else:
         if any(peer.removed is None for peer in state.peers()):
             raise ConfigError(
-                f"--network {settings.network4}: this server's clients live in {network.ipv4}; remove them first "
+                f"--network {settings.network4}: this server's clients live in {known.ipv4}; remove them first "
                 "('mptunnel peer remove NAME'), or leave --network out"
             )
-        network = replace(network, ipv4=settings.network4)
-        _check_neighbours(network.ipv4, links)
-        state.save("server/network", network.to_document())
+        network = replace(known, ipv4=settings.network4)
     _check_neighbours(network.ipv4, links)
+    if network is not known:
+        state.save("server/network", network.to_document())
     return network
 
 

@@ -150,7 +150,7 @@ class ServerPeer(Peer):
 
     def path_opened(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         """A path has a new socket: use it at once."""
-        path.opened(int.from_bytes(self.identity.entropy(4), "little"), now)
+        path.opened(self._new_incarnation(), now)
         self.look_again()
         has_session = self.current is not None and self.current.is_alive(now)
         if has_session:
@@ -163,6 +163,9 @@ class ServerPeer(Peer):
             self._repeat([way for way in self._handshake_ways(now) if way == path.id], now, out)
         elif not has_session:
             self._want_handshake(now, out)
+
+    def _new_incarnation(self) -> int:
+        return int.from_bytes(self.identity.entropy(4), "little")
 
     def path_closed(self, now: float, out: list[Transmit]) -> None:
         """A path has lost its socket: a server that takes one copy is shown at once by which path we come now."""
@@ -476,7 +479,7 @@ class ServerPeer(Peer):
                 self.told.teller_restarted((session.serial, -1))
                 self.timers.at_the_latest(Timer.RECEIPT, now)  # so that it knows what there was before it
                 for path in self._open_paths():
-                    path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
+                    path.renew(self._new_incarnation(), now)
             self.server_instance = hello.instance
         if Capability.MULTIPATH not in hello.capabilities:
             self.is_multipath = self.is_ours = False
@@ -622,7 +625,7 @@ class ServerPeer(Peer):
 
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         if path.has_counted_out:
-            path.renew(int.from_bytes(self.identity.entropy(4), "little"), now)
+            path.renew(self._new_incarnation(), now)
         use = standby.use_now(path, self.paths.values(), now)
         in_use = self.in_use(now) and use is Use.DATA
         interval = self._probe_interval if in_use else self._idle_probe
