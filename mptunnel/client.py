@@ -265,11 +265,12 @@ class Client(Role):
         if why == "EMSGSIZE":
             self._peer.too_big(path, now)
 
-    def overrun(self, number: int, datagrams: int) -> None:
-        """So many datagrams came by a path, and our own receive queue had no room for them."""
-        path = self.paths.get(number)
+    def overrun(self, source: int, buffers: int) -> None:
+        """See `Role.overrun`."""
+        super().overrun(source, buffers)
+        path = self.paths.get(source)
         if path is not None:
-            path.rx += datagrams
+            path.overruns.buffers += buffers
 
     def queue_seen(self, number: int, truesize: int, now: float) -> bool:
         """So much of the kernel's memory is taken by what waits in the socket of a path.

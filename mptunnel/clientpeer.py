@@ -429,7 +429,7 @@ class ClientPeer(Peer):
                 self._forget_path(path)
 
     def _new_path(self, number: int, now: float) -> ServerPath:
-        path = self.paths[number] = ServerPath(number, now)
+        path = self.paths[number] = ServerPath(number, now, self.identity.overruns)
         if number in self._limits:
             path.limits = self._limits[number]
         return path

@@ -65,7 +65,6 @@ PEACE: Final = 0.0004  # s without packets: time for what is due
 LATEST: Final = 0.002  # s that it may wait for that
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-QUEUE_FULL: Final = "receive queue full"  # among the drops
 _NOTHING: list[int] = []
 
 R = TypeVar("R", bound="Client | Server")
@@ -192,7 +191,6 @@ class Loop(Generic[R]):
         if moment >= self._wall_at:
             self._wall_at = self._own_due = moment + WALL_INTERVAL
             self._role.wall_is(moment, time.time())
-            self._count_overruns()
 
     # -- descriptors -----------------------------------------------------------------------------------
 
@@ -237,7 +235,9 @@ class Loop(Generic[R]):
         """Send what the role wants sent."""
         raise NotImplementedError
 
-    def _reader_of(self, receive: Callable[[], tuple[memoryview, int, Any]]) -> Callable[[float], bool]:
+    def _reader_of(
+        self, sock: udp.Receiver, receive: Callable[[], tuple[memoryview, int, Any]]
+    ) -> Callable[[float], bool]:
         """Return what takes the datagrams that wait in a socket, and says whether all of them went the short way."""
         take, inbox = self._role.receive, self._inbox
 
@@ -246,6 +246,8 @@ class Loop(Generic[R]):
             try:
                 for _ in range(READS_PER_TURN):
                     datagrams, size, source = receive()
+                    if sock.overrun:
+                        self._role.overrun(source, sock.take_overrun())
                     is_all = take(datagrams, size, source, moment, inbox) and is_all
                     if len(datagrams) == size or len(inbox) >= INBOX:
                         if inbox:
@@ -367,12 +369,6 @@ class Loop(Generic[R]):
                 pending.finish(answer)
         self._role.job_done(job, result, moment)
 
-    def _count_overruns(self) -> None:
-        """Count what our own receive queues had no room for."""
-        new = sum(sock.take_overruns() for sock in self._sockets_in_use())
-        if new:
-            self._role.drops[QUEUE_FULL] += new
-
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         raise NotImplementedError
 
@@ -416,7 +412,6 @@ class Loop(Generic[R]):
     def _asked(self, verb: str, arguments: dict[str, Any]) -> object:
         if verb == "events":
             return Listening({"device": self._tun.name})
-        self._count_overruns()
         reply = self._role.control(verb, Fields(arguments, verb), now())
         if verb == "status":
             return self._with_what_we_know(reply.result)
@@ -451,7 +446,7 @@ class ServerLoop(Loop["Server"]):
     ) -> None:
         super().__init__(settings, role, tun, the_host, state)
         self._socket = sock
-        self._watch(sock.fileno(), self._reader_of(sock.receive))
+        self._watch(sock.fileno(), self._reader_of(sock, sock.receive))
         self._tell_offload()
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
@@ -496,13 +491,6 @@ class ClientLoop(Loop["Client"]):
 
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return list(self._sockets.values())
-
-    def _count_overruns(self) -> None:
-        """See `Loop._count_overruns`; what came that far was not lost by its path."""
-        for number, sock in self._sockets.items():
-            if new := sock.take_overruns():
-                self._role.drops[QUEUE_FULL] += new
-                self._role.overrun(number, new)
 
     def _take_frames(self, frames: list[memoryview], moment: float) -> None:
         self._look_at_queues(moment)
@@ -557,7 +545,7 @@ class ClientLoop(Loop["Client"]):
             self._role.path_failed(event.path, str(error), moment)
             return
         self._sockets[event.path] = sock
-        self._watch(sock.fileno(), self._reader_of(sock.receive))
+        self._watch(sock.fileno(), self._reader_of(sock, sock.receive))
         if not self._has_told_offload:
             self._has_told_offload = True
             self._tell_offload()

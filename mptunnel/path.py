@@ -20,7 +20,8 @@ probes in a row (`carries_down`) answers what comes by it on the other paths too
 and HELLO by the same bytes. To the client such a path is `down`, but `carries_up` or `carries_down`.
 
 Loss over a path is counted, not guessed: what the sender gave to it (`tx`) minus what arrived by it (`rx`), between
-two probes; all counts are modulo 2^32 and start anew with every `incarnation`, that is: every socket.
+two probes; all counts are modulo 2^32 and start anew with every `incarnation`, that is: every socket. What came so far
+and found no room in our own receive queue has arrived (`Overruns`): such a loss is our host's, not the path's.
 """
 
 from __future__ import annotations
@@ -123,6 +124,18 @@ class Allowance:
 Limits = tuple[Allowance, float]  # of a server's path, see `ServerPath.limits`
 
 
+class Overruns:
+    """How much a receive queue of ours had no room for (SO_RXQ_OVFL, socket(7)): a path's own, or the server's one.
+
+    The kernel counts buffers. A super-packet is one, so nobody knows how many datagrams that was.
+    """
+
+    __slots__ = ("buffers",)
+
+    def __init__(self) -> None:
+        self.buffers = 0
+
+
 class LossMeter:
     """Differences of a sender's count and a receiver's, in total and over the last seconds."""
 
@@ -142,6 +155,13 @@ class LossMeter:
         """The receiver counts from 0 again: what it has not counted since is lost."""
         if self._last is not None:
             self._last = (self._last[0], 0)
+
+    def missing(self, sent: int, received: int) -> int:
+        """Return how much `count` would take for lost."""
+        if self._last is None:
+            return 0
+        more_sent, more_received = (sent - self._last[0]) % _MOD32, (received - self._last[1]) % _MOD32
+        return max(0, more_sent - more_received) if max(more_sent, more_received) <= _MOD32 // 2 else 0
 
     def count(self, sent: int, received: int, now: float) -> None:
         """The sender has counted `sent` datagrams so far (modulo 2^32), the receiver `received`."""
@@ -185,13 +205,16 @@ class Path:
     """What both sides keep of a path."""
 
     __slots__ = (
-        "_answers", "_withheld_at", "cap", "errors", "id", "incarnation", "jitter", "loss_down", "loss_up", "room",
-        "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx", "tx_bytes", "way_out",
-        "withheld",
+        "_answers", "_longest_run", "_overran", "_withheld_at", "cap", "errors", "id", "incarnation", "jitter",
+        "loss_down", "loss_up", "overruns", "room", "rtt", "rx", "rx_bytes", "rx_size", "since", "state", "tx",
+        "tx_bytes", "way_out", "withheld",
     )  # fmt: skip
 
-    def __init__(self, path: int, now: float) -> None:
+    def __init__(self, path: int, now: float, overruns: Overruns | None = None) -> None:
         self.id = path
+        self.overruns = overruns or Overruns()
+        self._overran = self.overruns.buffers  # of them, what has been considered
+        self._longest_run = 1  # datagrams that came at once, lately
         self.incarnation = 0
         self.state = PathState.WAITING
         self.since = now
@@ -252,8 +275,21 @@ class Path:
     def received(self, count: int, size: int, longest: int) -> None:
         """`count` datagrams, `size` bytes together, came in by it, the longest of `longest` bytes."""
         self.rx += count
+        self._longest_run = max(self._longest_run, count)
         self.rx_bytes += size
         self.rx_size = max(self.rx_size, longest)
+
+    def _count_in(self, meter: LossMeter, sent: int, now: float) -> None:
+        """The other side has given it `sent` datagrams so far: what has not arrived, and not overrun us, is lost.
+
+        Of what overran us since the last time as much is taken to have come by this path as lacks here, and each
+        buffer to have held as many datagrams as the longest that found room.
+        """
+        overran, self._overran = self.overruns.buffers - self._overran, self.overruns.buffers
+        if overran:
+            self.rx += min(meter.missing(sent, self.rx), overran * self._longest_run)
+        self._longest_run = max(1, self._longest_run // 2)
+        meter.count(sent, self.rx, now)
 
     def status(self) -> dict[str, Any]:
         """What `status` shows of it, in its units."""
@@ -572,7 +608,7 @@ class ClientPath(Path):
             self._was_challenged = False
             self.loss_up.restart()
             self.cap.restart()
-        self.loss_down.count(tx, self.rx, now)
+        self._count_in(self.loss_down, tx, now)
         return padded
 
     def told_given(self, tx: int, packets: int, now: float) -> None:
@@ -636,8 +672,8 @@ class ServerPath(Path):
         "is_told_slow", "is_told_up", "number", "refreshed_at", "reported", "seq", "shown_at", "unasked_at", "use",
     )  # fmt: skip
 
-    def __init__(self, path: int, now: float) -> None:
-        super().__init__(path, now)
+    def __init__(self, path: int, now: float, overruns: Overruns | None = None) -> None:
+        super().__init__(path, now, overruns)
         self.state = PathState.CANDIDATE
         self.endpoint: Any = None
         self.candidate: Candidate | None = None
@@ -732,7 +768,7 @@ class ServerPath(Path):
             self.cap, self.way_out, self.room = Cap(), Delay(), None
             self._queue_of = self._took = (0, 0.0)
             self._least_took = None
-        self.loss_up.count(probe.tx, self.rx, now)
+        self._count_in(self.loss_up, probe.tx, now)
         self.fed_back = None
         heard = self._sent_with(probe.echoed)
         if heard is not None:

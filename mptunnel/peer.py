@@ -38,6 +38,7 @@ from mptunnel.history import Told
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
 from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
 from mptunnel.packet import source as packet_source
+from mptunnel.path import Overruns
 from mptunnel.receipts import SETTLE_AFTER, Receipts
 from mptunnel.session import NARROW_WINDOW, REKEY_TIMEOUT, WINDOW, Refused, Session, runs, sealed_size
 from mptunnel.timers import INF, MAX_ATTEMPTS, REKEY_ATTEMPT_TIME, PeerTimers, Timer
@@ -128,7 +129,7 @@ class IndexTable:
 class Identity:
     """What all peers of one program share: our key, the index table, timestamps, randomness, counted drops."""
 
-    __slots__ = ("capabilities", "drops", "entropy", "indices", "key", "ledger", "rng", "timestamps")
+    __slots__ = ("capabilities", "drops", "entropy", "indices", "key", "ledger", "overruns", "rng", "timestamps")
 
     def __init__(
         self,
@@ -147,11 +148,12 @@ class Identity:
         self.indices = IndexTable(entropy)
         self.drops = drops
         self.ledger = Ledger()
+        self.overruns = Overruns()  # of the socket that all of them come by
 
     def with_key(self, key: noise.StaticKey) -> Identity:
         """Return the same for another key of ours, with an index table of its own."""
         identity = Identity(key, self.timestamps, self.entropy, self.rng, self.drops, self.capabilities)
-        identity.ledger = self.ledger
+        identity.ledger, identity.overruns = self.ledger, self.overruns
         return identity
 
 

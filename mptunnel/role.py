@@ -96,6 +96,13 @@ class Role:
                 self._meter(each.to, -(-len(each.data) // each.size), len(each.data))
         return out
 
+    def overrun(self, source: Any, buffers: int) -> None:
+        """The queue that the next datagrams from `source` waited in had no room for so many buffers before them.
+
+        A super-packet is one buffer.
+        """
+        self.drops["receive queue full"] += buffers
+
     def events(self) -> list[Event]:
         """Take out what the world is asked for."""
         events = self._events

@@ -215,6 +215,11 @@ class Server(Role):
             self._events.append(self._setup)
         self._mend_at = self._upkeep.next_deadline()
 
+    def overrun(self, source: Endpoint, buffers: int) -> None:
+        """See `Role.overrun`; which client's they were is not known."""
+        super().overrun(source, buffers)
+        self.identity.overruns.buffers += buffers
+
     def not_sent(self, to: Endpoint, datagrams: int, size: int, why: str, *, is_counted: bool = True) -> None:
         """The kernel refused datagrams: that is the affair of the path they were for, if it has counted them."""
         self.drops[f"not sent: {why}"] += datagrams

@@ -73,7 +73,8 @@ class Receiver:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._socket = sock
         self._buffer = memoryview(bytearray(LARGEST))
-        self._overruns = self._told_overruns = 0  # datagrams that our own receive queue had no room for
+        self._overrun = 0  # what our own receive queue had no room for: the kernel's count, and the news of it
+        self.overrun = 0
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         self.has_large_buffer = _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
@@ -94,13 +95,15 @@ class Receiver:
         """Close the socket."""
         self._socket.close()
 
-    def take_overruns(self) -> int:
-        """Return how many datagrams our own receive queue had no room for since this was asked last."""
-        new, self._told_overruns = (self._overruns - self._told_overruns) % _MOD32, self._overruns
+    def take_overrun(self) -> int:
+        """Return for how many buffers our own receive queue had no room before what came last, each told once."""
+        new, self.overrun = self.overrun, 0
         return new
 
-    def _note_overruns(self, data: bytes) -> None:
-        (self._overruns,) = _DROPS.unpack_from(data)
+    def _note_overrun(self, data: bytes) -> None:
+        (count,) = _DROPS.unpack_from(data)
+        self.overrun += (count - self._overrun) % _MOD32
+        self._overrun = count
 
     def _send_run(self, data: bytes | memoryview, size: int, ancillary: list[Any], *to: Any) -> bool:
         """Whether a run went out in one call; if not, it is to be sent singly. Raises OSError if that is no use."""
@@ -148,7 +151,7 @@ class PathSocket(Receiver):
             if kind == _UDP_GRO:
                 (size,) = _GRO_SIZE.unpack_from(data)
             elif kind == _SO_RXQ_OVFL:
-                self._note_overruns(data)
+                self._note_overrun(data)
         return self._buffer[:length], size, self._path
 
     def queued(self) -> int:
@@ -221,7 +224,7 @@ class ServerSocket(Receiver):
             elif kind == _UDP_GRO:
                 (size,) = _GRO_SIZE.unpack_from(data)
             elif kind == _SO_RXQ_OVFL:
-                self._note_overruns(data)
+                self._note_overrun(data)
         source = self._known.get((address, local))
         return self._buffer[:length], size, source or self._meet(address, local)
 

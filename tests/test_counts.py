@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -255,3 +256,53 @@ def test_forged_cookies_from_anywhere_do_not_pile_up() -> None:
         guest.cookie_received(maker.reply(initiation, bytes((number % 256,)), 0.0), stranger(number))
     assert len(guest._cookies) <= 16
     assert not net.server.drops["cookie not authentic"]
+
+
+# -- what our own receive queue has no room for ------------------------------------------------------------
+
+
+def overrunning(net: Simnet, side: str, rng: random.Random, lost: Counter[int]) -> None:
+    """From now on the queue of `side` has no room for a datagram now and then, also for several in a row."""
+    deliver = net._deliver
+    untold: Counter[int] = Counter()  # by socket; the kernel tells with the next that fits
+
+    def queued(where: str, number: int, datagram: bytes) -> None:
+        if where != side:
+            deliver(where, number, datagram)
+            return
+        sock = 0 if side == "up" else number  # the server has one
+        if rng.random() < (0.7 if untold[sock] else 0.05):
+            untold[sock] += 1
+            lost[number] += 1
+            return
+        if untold[sock]:
+            role, source = (net.server, net.source(number)) if side == "up" else (net.client, number)
+            role.overrun(source, untold.pop(sock))
+        deliver(where, number, datagram)
+
+    net._deliver = queued  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_what_our_own_queue_has_no_room_for_is_no_loss_of_a_path(side: str) -> None:
+    net, lost = Simnet(), Counter[int]()
+    busy(net, 2.0)
+    overrunning(net, side, random.Random(7), lost)
+    busy(net, 20.0)
+    assert min(lost.values()) > 50
+    role = net.server if side == "up" else net.client
+    assert sum(lost.values()) - 5 <= role.drops["receive queue full"] <= sum(lost.values())
+    for path in (*net.peer.paths.values(), *net.guest.paths.values()):
+        assert (path.loss_up.lost, path.loss_down.lost) == (0, 0)
+
+
+def test_what_a_path_loses_beside_an_overrun_is_its_own() -> None:
+    """One path loses a tenth, and there is an overrun once in a second."""
+    net = Simnet(Wire(), Wire(loss_up=0.1))
+    busy(net, 2.0)
+    before = net.guest.paths[1].loss_up.lost
+    for _ in turns(net, 20.0):
+        if round(net.now * 20) % 20 == 0:
+            net.server.overrun(net.source(0), 1)
+    assert net.guest.paths[0].loss_up.lost == 0
+    assert net.guest.paths[1].loss_up.lost - before > 0.06 * 20 * 60
