@@ -276,11 +276,13 @@ def overrunning(net: Simnet, side: str, rng: random.Random, lost: Counter[int]) 
             lost[number] += 1
             return
         if untold[sock]:
-            role, source = (net.server, net.source(number)) if side == "up" else (net.client, number)
-            role.overrun(source, untold.pop(sock))
+            if side == "up":
+                net.server.overrun(net.source(number), untold.pop(sock))
+            else:
+                net.client.overrun(number, untold.pop(sock))
         deliver(where, number, datagram)
 
-    net._deliver = queued  # type: ignore[method-assign]
+    net._deliver = queued  # type: ignore[assignment, method-assign]
 
 
 @pytest.mark.parametrize("side", ["up", "down"])

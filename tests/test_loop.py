@@ -208,6 +208,20 @@ def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest
     assert sent == [b"sealed"]
 
 
+def test_what_our_own_queue_has_no_room_for_is_told_with_what_comes_next(turning: Turning) -> None:
+    turning._socket._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    to = ("::1" if turning._socket.has_ipv6 else "127.0.0.1", turning._socket._socket.getsockname()[1])
+    with socket.socket(socket.AF_INET6 if turning._socket.has_ipv6 else socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        for _ in range(200):
+            stranger.sendto(bytes(1000), to)
+        turning.turns(200)
+        stranger.sendto(b"one more, which brings the count", to)
+        turning.turns(2)
+    role = turning._role
+    assert role.drops["receive queue full"] == role.identity.overruns.buffers
+    assert role.drops["receive queue full"] + role.drops["malformed datagram"] == 201
+
+
 def test_a_slow_lookup_of_a_name_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[object, object]] = []
     answers = threading.Event()
