@@ -43,8 +43,8 @@ Examples:
                                                two paths, one named, one by its address
   mptunnel demo                                see it work, without root and without a server
 
-Options but --join can also stand in the environment (MPTUNNEL_PORT=6000, MPTUNNEL_INTERFACE="wlan0 wwan0")
-or in a file given by --config (TOML: port = 6000, interface = ["wlan0", "wwan0"]).
+Options can also stand in a file given by --config (TOML: port = 6000, interface = ["wlan0", "wwan0"]), and all
+but --join in the environment (MPTUNNEL_PORT=6000, MPTUNNEL_INTERFACE="wlan0 wwan0").
 """
 
 
@@ -160,14 +160,16 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
     "--route",
     multiple=True,
     metavar="all|none|CIDR",
-    help="What goes through the tunnel: everything (default), nothing but the server, or networks, once for each.",
+    help="What goes through the tunnel: everything (default; with --wireguard its AllowedIPs), nothing but the "
+    "server, or networks, once for each.",
 )
 @_option(
     "Client",
     "--dns",
     multiple=True,
     metavar="auto|keep|ADDR",
-    help="Resolver: the one the server offers (default), the present one, or these.",
+    help="Resolver: the one the server offers (default where everything goes through the tunnel), the present one, or "
+    "these. With --wireguard: that of the file.",
 )
 @_option("Client", "--idle-probe", type=float, metavar="SECONDS", help="Probe idle paths so often. [default: 25]")
 @_option(
@@ -177,7 +179,12 @@ def _option(section: str, *names: str, **keywords: Any) -> Callable[[Any], Any]:
     metavar="MS",
     help="Tell at once when nothing has come from the server for so long; paths are probed every third of it.",
 )
-@_option("Server", "--network", metavar="CIDR", help="The tunnel's IPv4 network. [default: 10.0.1.0/24]")
+@_option(
+    "Server",
+    "--network",
+    metavar="CIDR",
+    help="The tunnel's IPv4 network. [default: as before; at first 10.0.1.0/24, or another where this host is in that]",
+)
 @_option(
     "Server", "--lan", is_flag=True, help="Let clients reach private networks and this machine, not only the internet."
 )
@@ -257,7 +264,7 @@ def _run_role(ctx: click.Context, given: dict[str, Any], labels: dict[str, str])
 @cli.command()
 @click.option("-t", "--tun", metavar="mptN", help="Only this instance. Without: all that run.")
 @click.option("--json", "as_json", is_flag=True, help="The whole status, as JSON.")
-@click.option("--exit-code", is_flag=True, help="Leave with 4 where not every path works.")
+@click.option("--exit-code", is_flag=True, help="Leave with 4 where the tunnel, or a path of it, is not 'up'.")
 @click.option("--reset", is_flag=True, help="Then begin the receipts afresh, for whoever looks at this end.")
 @click.option("--watch", is_flag=True, help="Keep showing it, live, until Ctrl-C.")
 @places
@@ -279,6 +286,8 @@ def status(
     del state_dir
     if watch and (as_json or exit_code):
         raise click.UsageError("--watch is for people, --json and --exit-code are for programs", ctx)
+    if watch and reset:
+        raise click.UsageError("--watch goes on showing; reset first, with 'mptunnel status --reset'", ctx)
     tun = _instance(ctx, tun)
     sockets = _sockets(run_dir, tun)
     if watch:
@@ -329,7 +338,7 @@ def token_new(label: str, hours: float, state_dir: Path, run_dir: Path) -> None:
     made = admin.perform(state_dir, run_dir, "token-new", label=label, hours=hours)
     click.echo(made["token"])
     click.echo(f"token {made['ident']}: good for {hours:g} h and one client, which runs", err=True)
-    click.echo("    sudo mptunnel -c SERVER --join -        and pastes the token there", err=True)
+    click.echo("    sudo mptunnel -c SERVER[:PORT] --join -        and pastes the token there", err=True)
 
 
 @token.command("list")
@@ -398,8 +407,9 @@ def peer_add(
     click.echo(admin.stock_configuration(made, private, _endpoint(where, made.get("port"))), nl=False)
     click.echo(f"peer {name} is let in, as {made['ipv4']} and {made['ipv6']}", err=True)
     if private is None and not psk:
+        server = config.server_argument("SERVER", made.get("port") or config.DEFAULT_PORT)
         click.echo(
-            f"    a client of ours runs: sudo mptunnel -c SERVER --server-key {made['server_public_key']}", err=True
+            f"    a client of ours runs: sudo mptunnel -c {server} --server-key {made['server_public_key']}", err=True
         )
 
 
@@ -541,6 +551,8 @@ def _endpoint(where: tuple[str, int | None] | None, port: int | None) -> str:
     """Return HOST:PORT for a stock configuration: as given, else this host's global address, else a word and a note."""
     from mptunnel import config, netlink  # noqa: PLC0415
 
+    if port is None and (where is None or where[1] is None):
+        click.echo(f"note: no server runs, so its port is taken for {config.DEFAULT_PORT}; see --endpoint", err=True)
     if where is not None:
         return config.spelling(where[0], where[1] or port or config.DEFAULT_PORT)
     try:

@@ -98,7 +98,8 @@ _REFUSALS: dict[int, str] = {
     "see 'mptunnel peer list' on the server",
     EnrolResult.EXPIRED: "the token has expired",
     EnrolResult.REVOKED: "the token was taken back",
-    EnrolResult.NO_ADDRESS: "the tunnel network has no address left; start the server with a larger --network",
+    EnrolResult.NO_ADDRESS: "the tunnel network has no address left; remove a client on the server ('mptunnel peer "
+    "remove NAME'), its address is free a day later",
     EnrolResult.NAME_REFUSED: "the server does not take this host's name",
     EnrolResult.KEY_REFUSED: "the server does not take this client's key; remove the client's key file and try again",
 }

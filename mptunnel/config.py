@@ -284,7 +284,7 @@ def parse_mode(text: str) -> Mode:
     """Return the mode of this name. Raises ConfigError."""
     names = [mode.name.lower() for mode in Mode]
     if text.lower() not in names:
-        raise ConfigError(f"mode {text!a} is not known; there are {', '.join(names)}")
+        raise ConfigError(f"mode {text!a} is not known; there is 'redundant'")
     return Mode[text.upper()]
 
 

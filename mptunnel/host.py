@@ -154,8 +154,8 @@ def cleanup_all(run_dir: Path) -> list[str]:
     for device in sorted({"mpt0", *_traces(run_dir)}, key=instance_number):
         try:
             cleanup(run_dir, device)
-        except LockedError as error:
-            _log.info("%s", error)
+        except LockedError as held:
+            _log.info("%s runs%s and is left alone", device, f" (process {held.pid})" if held.pid else "")
         else:
             cleaned.append(device)
     return cleaned
@@ -222,7 +222,9 @@ def _run(script: Path, verb: str, variables: Mapping[str, str]) -> subprocess.Co
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise HostError(f"{script} {verb}: not done after {_SECONDS:.0f} s; see what hangs with --dry-run") from None
+        raise HostError(
+            f"{script} {verb}: not done after {_SECONDS:.0f} s; run it by hand, as its head says, to see what hangs"
+        ) from None
     except OSError as error:
         raise HostError(f"cannot run {script}: {os.strerror(error.errno or 0).lower()}; see --script") from None
 

@@ -216,21 +216,22 @@ def _network_of(state: StateDir, settings: ServerSettings, links: tuple[Link, ..
                 "('mptunnel peer remove NAME'), or leave --network out"
             )
         network = replace(known, ipv4=settings.network4)
-    _check_neighbours(network.ipv4, links)
+    _check_neighbours(network.ipv4, links, is_stored=network is known)
     if network is not known:
         state.save("server/network", network.to_document())
     return network
 
 
-def _check_neighbours(network: IPv4Network, links: tuple[Link, ...]) -> None:
-    """Raise ConfigError where this host lives in the tunnel network itself, and would be cut off."""
+def _check_neighbours(network: IPv4Network, links: tuple[Link, ...], *, is_stored: bool) -> None:
+    """Raise ConfigError where this host lives in the tunnel network itself, and would be cut off.
+
+    Who has clients in it already (`is_stored`) can have it all the same.
+    """
     for link, address in neighbours(network, links):
         what = f"the tunnel network {network} is also in use at {link.name} ({address})"
         if address.ip in network:
-            raise ConfigError(
-                f"{what}: this host would be cut off there; choose another one with --network, "
-                f"or say --network {network} to have it all the same"
-            )
+            insist = f", or say --network {network} to have it all the same" if is_stored else ""
+            raise ConfigError(f"{what}: this host would be cut off there; choose another one with --network{insist}")
         log.warning("%s: what has an address in both cannot be reached there", what)
 
 

@@ -405,8 +405,8 @@ def allocate(network: Network, peers: Sequence[PeerRecord], now: float) -> tuple
         if number not in taken:
             return network.ipv4[number], network.ipv6[number]
     raise ConfigError(
-        f"network {network.ipv4} has no address left for {len(holders)} peers and one more; remove one, "
-        "or start the server with a larger --network"
+        f"network {network.ipv4} has no address left for {len(holders)} peers and one more; remove one, whose address "
+        "is free after a day (a larger --network can be had when all clients have been removed)"
     )
 
 

@@ -28,8 +28,8 @@
 # MPT_SHARED     1: another interface has the same address, so replies may come by either      path-up, optional
 #
 # Ours are: rules with table = priority = MPT_TABLE + 0 to 8, those tables, nft table inet mptunnel_DEVICE, and
-# whatever hangs on the device.  If the program is killed, the device goes and all routes by it: only idle
-# rules stay, and `down` takes them.
+# whatever hangs on the device.  If the program is killed, the device goes and all routes by it.  Rules, their
+# tables and the nft table stay until `down`; of these the DNS rule goes on sending questions to MPT_DNS.
 
 # -- the same in client.sh and server.sh ------------------------------------------------------------
 set -uf                                  # no file names from * or ?, but where a function says so

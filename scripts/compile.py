@@ -39,7 +39,7 @@ class CompileHook(BuildHookInterface[Any]):
         if not native.is_compiled(package):
             why = compile_modules(root, native)
             if why:
-                self.app.display_warning(f"mptunnel will run interpreted, at some two thirds of the speed: {why}")
+                self.app.display_warning(f"mptunnel will run interpreted, at less speed: {why}")
                 return
         if version != "editable":
             build_data["pure_python"] = False

@@ -455,6 +455,7 @@ def test_watching_is_for_people_at_a_terminal(
         code, line = refused(capsys, "status", "--watch", *places)
         assert code == 2
         assert "--watch draws on a terminal" in line
+        assert "reset first" in refused(capsys, "status", "--watch", "--reset", *places)[1]
         assert "--json and --exit-code are for programs" in refused(capsys, "status", "--watch", "--json", *places)[1]
 
 

@@ -203,11 +203,15 @@ def test_a_script_of_the_users_own_is_asked_to_restore_too(notes: Path, tmp_path
     assert notes.read_text() == "mine down mpt0\nclient down mpt0\nserver down mpt0\n"
 
 
-def test_cleanup_leaves_an_instance_that_runs_alone(notes: Path, tmp_path: Path) -> None:
+def test_cleanup_leaves_an_instance_that_runs_alone(
+    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     with hold_lock(tmp_path / "run" / "mpt0.lock"):
         with pytest.raises(LockedError, match=str(os.getpid())):
             cleanup(tmp_path / "run", "mpt0")
         assert cleanup_all(tmp_path / "run") == []
+    assert caplog.messages == [f"mpt0 runs (process {os.getpid()}) and is left alone"]
     assert not notes.exists()
     assert cleanup_all(tmp_path / "run") == ["mpt0"]
 

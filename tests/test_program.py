@@ -47,8 +47,9 @@ def test_it_stays_what_it_was(tmp_path: Path) -> None:
 def test_a_host_that_would_be_cut_off_is_spared(tmp_path: Path, wished: IPv4Network | None) -> None:
     assert of(tmp_path, "192.0.2.7/24") == DEFAULT_NETWORK
     address = "10.77.0.9/24" if wished else "10.0.1.9/24"
-    with pytest.raises(ConfigError, match=r"in use at eth0 .*cut off.*--network"):
+    with pytest.raises(ConfigError, match=r"in use at eth0 .*cut off.*--network") as refused:
         of(tmp_path, address, wished=wished)
+    assert ("all the same" in str(refused.value)) is (wished is None), "what helps only where it is stored already"
     assert of(tmp_path, "192.0.2.7/24") == DEFAULT_NETWORK, "and nothing was written"
     if wished is None:
         assert of(tmp_path, address, wished=DEFAULT_NETWORK) == DEFAULT_NETWORK, "who insists has it"
