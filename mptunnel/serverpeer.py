@@ -616,7 +616,7 @@ class ServerPeer(Peer):
     def _probe_soon(self, now: float) -> None:
         if self.speaks:
             for path in self._open_paths():
-                if path.use is Use.DATA:
+                if standby.use_now(path, self.paths.values(), now) is Use.DATA:
                     path.probe_at = min(path.probe_at, max(now, path.last_probe_at + PROBE_INTERVAL / 2))
 
     def _probe_all(self, now: float, out: list[Transmit]) -> None:
@@ -630,7 +630,7 @@ class ServerPeer(Peer):
         in_use = self.in_use(now) and use is Use.DATA
         interval = self._probe_interval if in_use else self._idle_probe
         is_data_recent = path.proof_tries or now - self.data_at < PROVE_AGAIN  # else nobody sends there: it would cost
-        is_shown_again = self.in_use(now) and path.use is Use.DATA and bool(is_data_recent)
+        is_shown_again = in_use and bool(is_data_recent)
         padded = self._mtu.size_to_prove(path, self.mtu, now, is_shown_again=is_shown_again)
         self._adopt_mtu()
         others = records(path, self._open_paths(), now, is_idle=not in_use)

@@ -590,6 +590,23 @@ def test_a_standby_path_carries_only_when_no_other_is_up() -> None:
     assert len(net.sent(TRANSPORT, "up", 1, since)) == 1
 
 
+def test_a_standby_path_that_has_stepped_in_carries_a_download_after_a_pause() -> None:
+    """The server may send 16 KiB to an idle client: then it waits for a probe that says that it is idle no more."""
+    net = running(Wire(), Wire())
+    net.client.paths[1].use = Use.STANDBY
+    net.wires[0].is_cut = True
+    Traffic(net, rate=10).start(5.0)
+    net.run(60.0)
+    assert not net.peer.in_use(net.now)
+    traffic = Traffic(net, rate=200, size=1000, sides=("down",))
+    traffic.run(2.0)
+    assert traffic.lost("down") == 0
+    net.wires[1].largest = 1400  # and it is shown again what it carries
+    Traffic(net, rate=10).start(20.0)
+    net.run(20.0)
+    assert net.peer.tunnel_mtu < 1400
+
+
 def test_a_challenge_for_another_path_or_incarnation_is_not_answered() -> None:
     net = running(Wire(), Wire())
     path = net.client.paths[0]
