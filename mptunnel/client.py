@@ -45,14 +45,10 @@ from mptunnel.events import (
 )
 from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
 from mptunnel.packet import (
-    CSUM_START,
-    GSO_TYPE,
-    IPV4_HEADER,
     IPV6_HEADER,
-    LEAST_FRAME,
     MIN_MTU,
-    PLAIN_IPV4,
     VNET_SIZE,
+    is_lone,
     no_route6,
     split,
 )
@@ -308,11 +304,7 @@ class Client(Role):
         It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
         """
         peer = self._peer
-        if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4 or self._meter is not None:
-            return None
-        if frame[0] and frame[CSUM_START] != IPV4_HEADER:  # something is between, and has a sum of its own
-            return None
-        if now >= peer.short_until or not peer.takes_partial:
+        if now >= peer.short_until or not peer.takes_partial or self._meter is not None or not is_lone(frame):
             return None
         return peer.seal_one(frame[VNET_SIZE:], now)
 

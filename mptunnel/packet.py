@@ -40,6 +40,7 @@ VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
 PLAIN_IPV4: Final = 0x45  # the first byte of a header without options
 LEAST_FRAME: Final = VNET_SIZE + IPV4_HEADER
+_PROTOCOL: Final = VNET_SIZE + 9
 _ALIKE = {4: struct.Struct(">BxH8x4s"), 6: struct.Struct(">B3xH2x16s")}
 _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
@@ -171,13 +172,21 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
     return [_completed(piece, start, check) for piece in pieces]
 
 
-def _is_plain(packet: memoryview, start: int) -> bool:
-    """Whether nothing is between the IP header and the transport's: there a receiver recognizes a partial checksum.
+def is_lone(frame: memoryview) -> bool:
+    """Whether a frame is one IPv4 packet without options that a peer who knows partial checksums takes as it is."""
+    if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
+        return False
+    return not frame[0] or (frame[CSUM_START] == IPV4_HEADER and frame[_PROTOCOL] in {TCP, UDP})  # see `_is_plain`
 
+
+def _is_plain(packet: memoryview, start: int) -> bool:
+    """Whether TCP or UDP begins right behind the IP header: there a receiver recognizes a partial checksum.
+
+    Other protocols have theirs elsewhere: GRE's is 4 bytes behind its beginning (RFC 2784, 2.1).
     Behind a routing header or a source route (RFC 8200, 4.4; RFC 791, 3.1) its addresses are not those of the header.
     """
     if packet[0] == PLAIN_IPV4:
-        return start == IPV4_HEADER
+        return start == IPV4_HEADER and packet[9] in {TCP, UDP}
     return start == IPV6_HEADER and packet[0] >> 4 == 6 and packet[6] in {TCP, UDP}
 
 

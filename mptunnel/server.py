@@ -21,14 +21,10 @@ from mptunnel.errors import BadPacketError, ConfigError, NotAuthenticError
 from mptunnel.events import Notice, RunScript, SaveState
 from mptunnel.messages import Address, Capability, CloseReason, Enrol, Enrolled, EnrolResult
 from mptunnel.packet import (
-    CSUM_START,
-    GSO_TYPE,
-    IPV4_HEADER,
-    LEAST_FRAME,
     MIN_MTU,
-    PLAIN_IPV4,
     VNET_SIZE,
     destination,
+    is_lone,
     split,
 )
 from mptunnel.register import Register, Reply
@@ -170,9 +166,7 @@ class Server(Role):
 
         It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
         """
-        if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
-            return None
-        if frame[0] and frame[CSUM_START] != IPV4_HEADER:  # something is between, and has a sum of its own
+        if not is_lone(frame):
             return None
         peer = self._peer_at.get(bytes(frame[_DESTINATION]))
         if peer is None or now >= peer.short_until or not peer.takes_partial:

@@ -19,6 +19,7 @@ from mptunnel.packet import (
     VNET_SIZE,
     checksum,
     destination,
+    is_lone,
     no_route6,
     single,
     source,
@@ -192,6 +193,19 @@ def test_what_a_receiver_would_not_recognize_leaves_with_a_whole_and_right_check
     for piece in pieces:
         part = bytes(piece[start:])
         assert plain_checksum(struct.pack(">H", pseudo(own + true, len(part))) + part) == 0
+
+
+@pytest.mark.parametrize("takes_partial", [True, False])
+def test_a_sum_that_the_kernel_leaves_to_a_device_in_another_protocol_is_completed(*, takes_partial: bool) -> None:
+    """GRE over IPv4 with a checksum of its own (RFC 2784): `ip tunnel add ... csum`."""
+    gre = struct.pack(">HHI", 0x8000, 0x0800, 0) + bytes(range(84))
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(gre), 5, 0, 64, 47, 0) + OWN4 + HOP4
+    frame = memoryview(VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, 4) + head + gre)
+    assert not is_lone(frame)
+    (packet,) = split(frame, takes_partial=takes_partial)
+    assert bytes(packet[:20]) == head
+    assert bytes(packet[24:26]) != bytes(2)
+    assert plain_checksum(bytes(packet[20:])) == 0
 
 
 def test_where_a_frame_says_that_its_sum_begins() -> None:
