@@ -211,7 +211,7 @@ class ClientPeer(Peer):
         return [(path, path.endpoint) for path in data or fresh]
 
     def _datagrams_received(self) -> dict[int, tuple[int, int]]:
-        return {path.id: (path.loss_up.sent, path.loss_up.lost) for path in self.paths.values()}
+        return {path.id: (path.loss_up.sent, max(0, path.loss_up.lost)) for path in self.paths.values()}
 
     def _confirmed(self, now: float, out: list[Transmit]) -> None:
         self.news.append(None)

@@ -300,8 +300,8 @@ class Path:
             "jitter_ms": None if self.jitter is None else round(self.jitter * 1e3, 3),
             "loss_up": self.loss_up.recent(),
             "loss_down": self.loss_down.recent(),
-            "lost_up": self.loss_up.lost,
-            "lost_down": self.loss_down.lost,
+            "lost_up": max(0, self.loss_up.lost),
+            "lost_down": max(0, self.loss_down.lost),
             "tx": self.tx,
             "rx": self.rx,
             "tx_bytes": self.tx_bytes,
@@ -492,8 +492,12 @@ class ClientPath(Path):
         return Record(self.id, min(round((now - self.heard_at) * 1000), 0xFFFF) if self.echoed else 0xFFFF, self.echoed)
 
     def challenged(self) -> None:
-        """The server asks whether we are at this address: it counts what it receives here only from now on."""
+        """The server asks whether we are at this address: it counts what it receives here only from now on.
+
+        It has not counted the CHALLENGE as sent here either, which has just been counted as received.
+        """
         self._was_challenged = True
+        self.rx -= 1
 
     def heard_unasked(self, number: int, now: float) -> None:
         """An unasked ECHO: its way down lives, which says nothing of its way up."""
@@ -881,7 +885,7 @@ class ServerPath(Path):
 
     def forgotten_at(self) -> float:
         """When nothing has been heard for so long that the address may be somebody else's."""
-        since = self.since if self.endpoint is None else self.refreshed_at
+        since = max(self.since, self._challenged_at) if self.endpoint is None else self.refreshed_at
         return since + max(FORGET_AFTER, 2 * self.interval + IDLE_SLACK)
 
     def next_deadline(self) -> float:

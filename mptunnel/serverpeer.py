@@ -321,7 +321,7 @@ class ServerPeer(Peer):
         return [(path, path.id) for path in self._carriers(now)]
 
     def _datagrams_received(self) -> dict[int, tuple[int, int]]:
-        return {path.id: (path.loss_down.sent, path.loss_down.lost) for path in self.paths.values()}
+        return {path.id: (path.loss_down.sent, max(0, path.loss_down.lost)) for path in self.paths.values()}
 
     def _learn_endpoint(self, source: Any) -> None:
         """R8: the server's address is pinned; its packets move nothing."""

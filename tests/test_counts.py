@@ -13,7 +13,7 @@ from mptunnel.messages import INITIATION, Capability, Challenge, Control, Hello
 from mptunnel.mtu import MTU_STEPS
 from mptunnel.noise import CookieMaker, StaticKey
 from mptunnel.path import MAX_ANSWERS, PathState
-from tests.simnet import CLIENT_KEY, CLIENT_PUBLIC, TARGET, Simnet, Wire, ipv4, stranger
+from tests.simnet import CLIENT_KEY, CLIENT_PUBLIC, TARGET, Simnet, Traffic, Wire, ipv4, stranger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -308,3 +308,25 @@ def test_what_a_path_loses_beside_an_overrun_is_its_own() -> None:
             net.server.overrun(net.source(0), 1)
     assert net.guest.paths[0].loss_up.lost == 0
     assert net.guest.paths[1].loss_up.lost - before > 0.06 * 20 * 60
+
+
+def test_an_address_that_changes_while_nothing_is_sent_is_no_gain_downwards() -> None:
+    net = Simnet()
+    net.run(30.0)
+    for _ in range(5):
+        net.flush_nat(0)
+        net.run(30.0)
+    assert len(net.controls("down", Control.CHALLENGE, 0)) > 5
+    assert (net.peer.paths[0].loss_down.lost, net.guest.paths[0].loss_down.lost) == (0, 0)
+
+
+def test_an_uplink_that_is_heard_but_never_answers_its_challenges_is_not_forgotten_all_the_time() -> None:
+    net = Simnet(Wire(), Wire(cuts_down=True))
+    Traffic(net, rate=10).start(100.0)
+    net.run(20.0)
+    path = net.guest.paths[1]
+    net.run(80.0)
+    assert net.guest.paths[1] is path
+    net.wires[1].is_cut = True
+    net.run(100.0)
+    assert 1 not in net.guest.paths
