@@ -3,8 +3,10 @@
 It starts at 1280. Each path that is up is shown a probe padded to the wanted size, which the server echoes at the same
 size; five unanswered ones mean that it does not pass, and the next smaller size is tried. The tunnel's MTU is the least
 of what the paths that are up carry; after its first change it rises only after a minute. In use, each path is shown its
-size again every 2 s; where it does not pass any more, the tunnel's MTU falls to 1280 at once. A path that does not
-carry 1280 either is small: it does not count, and gets what is smaller.
+size again every 2 s; where it does not pass any more, the tunnel's MTU falls to 1280 at once. So it does where no path
+that is up is known to carry anything any more, and one does not answer at a size that it is asked for: what is full
+would vanish while smaller ones are tried. A path that does not carry 1280 either is small: it does not count, and gets
+what is smaller.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 PROOF_TRIES: Final = 5
 PROVE_AGAIN: Final = 2.0  # in use, a path's size is shown again so often: it can become less without a word
 SMALL_AGAIN: Final = 300.0  # in use, a path that carried none of the sizes is asked for them again so often
+DOUBT_TRIES: Final = 3  # unanswered at one size, while no other path is known to carry any
 FALL_TRIES: Final = 8  # unanswered, while small probes are answered: chance alone hardly does that
 MTU_STEPS: Final = (1420, 1400, 1380, 1360, 1340, 1320, 1300, MIN_MTU)
 RISE_AFTER: Final = 60.0  # the tunnel's MTU rises no sooner than this after its last change
@@ -77,6 +80,9 @@ class TunnelMtu:
         """Adopt what every path that is up carries; it rises only after a while, and falls at once."""
         up = [path for path in paths if path.is_up]
         known = [path.carries for path in up if path.carries]
+        if not known and self.value > MIN_MTU and any(path.proof_tries % PROOF_TRIES > DOUBT_TRIES for path in up):
+            self._adopt(MIN_MTU, now)
+            return
         if not known or (len(known) < len(up) and self.changed_at == -INF and now - answered_at < _PATIENCE):
             return
         mtu = min(known)

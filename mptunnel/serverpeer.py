@@ -488,6 +488,8 @@ class ServerPeer(Peer):
             self._widen()
         self.takes_partial = Capability.PARTIAL_CHECKSUMS in hello.capabilities & self.identity.capabilities
         self.mtu = min(self.mtu, max(hello.mtu, MIN_MTU))
+        for path in self.paths.values():  # also what a server has shown that took more
+            path.carries = min(path.carries, self.mtu)
         self.news.append(hello)
         self._probe_soon(now)
 

@@ -776,6 +776,32 @@ def test_the_mtu_falls_at_once_and_rises_only_after_60_s() -> None:
     assert net.peer.tunnel_mtu == 1420
 
 
+def test_on_the_only_path_the_mtu_falls_at_once_where_the_new_network_carries_less() -> None:
+    net = Simnet(Wire())
+    Traffic(net, rate=5).start(100.0)
+    net.run(5.0)
+    assert net.peer.tunnel_mtu == 1420
+    net.set_link(0, up=False)
+    net.run(1.0)
+    net.wires[0].largest = 1380
+    net.set_link(0, up=True)
+    net.run(2.5)
+    assert net.peer.tunnel_mtu == net.guest.tunnel_mtu == 1280
+    net.run(70.0)
+    assert net.peer.tunnel_mtu == 1340
+
+
+def test_a_server_that_comes_back_with_a_smaller_mtu_is_given_no_more() -> None:
+    net = Simnet()
+    Traffic(net, rate=5).start(30.0)
+    net.run(5.0)
+    assert net.peer.tunnel_mtu == 1420
+    net._mtu = 1380
+    net.restart_server()
+    net.run(5.0)
+    assert net.peer.tunnel_mtu == net.guest.tunnel_mtu == 1380
+
+
 def test_a_size_that_the_kernel_refuses_is_given_up_at_once() -> None:
     net = Simnet(Wire())
     Traffic(net, rate=5).start(30.0)
