@@ -90,10 +90,12 @@ class Loop(Generic[R]):
         self._host = the_host
         self._state = state
         self._worker: Worker[Job | Snapshot] = Worker(self._perform)
+        self._saver: Worker[Job | Snapshot] = Worker(self._perform)  # a disk that stalls holds up no script
         self._readers: dict[int, Callable[[float], bool]] = {}  # each says whether that was all, or a turn is to follow
         self._fds: list[int] = []  # the same descriptors, as select wants them
         self._watch(tun.fileno(), self._tun_ready)
         self._watch(self._worker.fileno(), self._worker_ready)
+        self._watch(self._saver.fileno(), self._worker_ready)
         self._lookups: Worker[Job | Snapshot] | None = None
         self._control: ControlServer | None = None
         self._hook = Hook(settings.on_event) if settings.on_event else None
@@ -311,7 +313,9 @@ class Loop(Generic[R]):
 
     def _take_up(self, event: Event, moment: float) -> None:
         match event:
-            case SaveState() | RunScript():
+            case SaveState():
+                self._saver.submit(event)
+            case RunScript():
                 self._worker.submit(event)
             case Resolve():
                 self._look_up(event)
@@ -352,7 +356,7 @@ class Loop(Generic[R]):
         return None
 
     def _worker_ready(self, moment: float) -> bool:
-        for worker in filter(None, (self._worker, self._lookups)):
+        for worker in filter(None, (self._worker, self._saver, self._lookups)):
             for job, result in worker.results():
                 self._job_done(job, result, moment)
         return False
@@ -396,6 +400,7 @@ class Loop(Generic[R]):
         self._role.close(moment)
         self._drain(moment)
         self._worker.close()
+        self._saver.close()
         self.close_sockets()
         if self._tables is not None:
             self._tables.close()
@@ -484,7 +489,7 @@ class ClientLoop(Loop["Client"]):
         self._sockets: dict[int, udp.PathSocket] = {}
         self._monitor = netlink.Monitor()
         self._watch(self._monitor.fileno(), self._links_ready)
-        self._review_at = now() + LINKS_REVIEW
+        self._review_at = now()  # what changed between the first look and now has not been told
         self._looked_at = deque([-LOOKS_SPAN], MAX_LOOKS)
         self._is_looking = False
         self._has_told_offload = False

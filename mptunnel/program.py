@@ -118,6 +118,7 @@ def run_client(settings: ClientSettings) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stopped_in_order())
         stack.enter_context(hold_lock(settings.run_dir / f"{device}.lock"))
+        host.restore(settings.run_dir, device, settings.script)  # names are asked past what a killed run has left
         settings, membership = find_membership(settings, state, log)
         reserved = state.timestamp("client")
         links = netlink.snapshot()
@@ -139,7 +140,6 @@ def run_client(settings: ClientSettings) -> None:
             wall=time.time(),
             book=state.path_book(membership.record.file_name),
         )
-        host.restore(settings.run_dir, device, settings.script)
         _save_now(role, state, moment)
         stack.callback(host.restore, settings.run_dir, device, settings.script)
         stack.callback(_ignore_signals)  # first of all, wherever it ends

@@ -1,4 +1,4 @@
-"""A helper thread, for what may block: writing files to disk and waiting for scripts; another one looks up names.
+"""A helper thread for what may block: one waits for scripts, one writes files to disk, one looks up names.
 
 Jobs go in by a queue and are done in order, one at a time; results come back in the same order, announced on a
 descriptor that the loop waits for. The thread sees values only, never the core's objects nor its keys.

@@ -16,7 +16,7 @@ from mptunnel import control, loop, udp
 from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
-from mptunnel.events import Resolve, RunScript
+from mptunnel.events import Resolve, RunScript, SaveState
 from mptunnel.loop import CALM, READS_PER_TURN, ClientLoop, ServerLoop
 from mptunnel.packet import PLAIN
 from mptunnel.timers import INF
@@ -238,3 +238,21 @@ def test_a_slow_lookup_of_a_name_holds_up_no_script(turning: Turning, monkeypatc
     while len(done) < 2:
         turning.turns(1)
     assert done[1] == (name, ("resolved",))
+
+
+def test_a_disk_that_stalls_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[object, object]] = []
+    disk = threading.Event()
+    turning._state = SimpleNamespace(save=lambda *_: disk.wait(30.0))  # type: ignore[assignment]
+    turning._host = SimpleNamespace(run=lambda *_: None)  # type: ignore[assignment]
+    monkeypatch.setattr(turning._role, "job_done", lambda job, result, _: done.append((job, result)))
+    document, script = SaveState("server/peers", {}), RunScript("path-up", {})
+    for job in (document, script):
+        turning._take_up(job, 0.0)
+    while not done:
+        turning.turns(1)
+    assert done == [(script, None)]
+    disk.set()
+    while len(done) < 2:
+        turning.turns(1)
+    assert done[1] == (document, None)
