@@ -307,6 +307,13 @@ class ClientPeer(Peer):
             self._send_control(answer.encode(), way, self._bound.get(way), now, out)
             self._send_control(self._address.encode(), way, self._bound.get(way), now, out)
 
+    def address_is(self, address: Address, now: float, out: list[Transmit]) -> None:
+        """What the client is told of addresses and resolvers has changed; with each HELLO it is told again."""
+        self._address = address
+        if self.is_multipath:
+            for source, path in self._bound.items():
+                self._send_control(address.encode(), source, path, now, out)
+
     # -- paths -----------------------------------------------------------------------------------------
 
     def _probe_received(

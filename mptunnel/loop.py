@@ -20,7 +20,7 @@ import signal
 import time
 from collections import deque
 from time import CLOCK_BOOTTIME, clock_gettime
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from mptunnel import host, native, netlink, udp
 from mptunnel.aead import CIPHER
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mptunnel.events import Endpoint, Event, Job
     from mptunnel.packet import Buffer
     from mptunnel.path import Path
-    from mptunnel.server import Server
+    from mptunnel.server import Offer, Server
     from mptunnel.state import StateDir
     from mptunnel.tun import Tun
 
@@ -58,6 +58,8 @@ NICE: Final = -10  # a packet waits for nobody's computations; sched(7), nice is
 LINKS_SETTLE: Final = 0.05  # changes come in bursts
 MAX_LOOKS: Final = 10  # in so many seconds: who changes the host all the time must not keep us busy
 LOOKS_SPAN: Final = 2.0
+OFFER_SETTLE: Final = 2.0  # s: a network that comes up does so bit by bit
+OFFER_SPACING: Final = 10.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: two full datagrams
@@ -447,9 +449,21 @@ class ServerLoop(Loop["Server"]):
     """The server's turn: one socket for everybody."""
 
     def __init__(
-        self, settings: Settings, role: Server, tun: Tun, the_host: host.Host, state: StateDir, sock: udp.ServerSocket
+        self,
+        settings: Settings,
+        role: Server,
+        tun: Tun,
+        the_host: host.Host,
+        state: StateDir,
+        sock: udp.ServerSocket,
+        look: Callable[[], Offer],
     ) -> None:
         super().__init__(settings, role, tun, the_host, state)
+        self._look = look  # what clients can be offered on this host as it is now; in the worker's thread
+        self._monitor = netlink.Monitor()
+        self._watch(self._monitor.fileno(), self._links_ready)
+        self._look_at = now()  # what changed between the first look and now has not been told
+        self._looked_at = -INF
         self._socket = sock
         self._watch(sock.fileno(), self._reader_of(sock, sock.receive))
         self._tell_offload()
@@ -477,8 +491,33 @@ class ServerLoop(Loop["Server"]):
                 self._role.not_sent(to, refused, refused * size, why, is_counted=data[0] == TRANSPORT)
 
     def close_sockets(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self._socket.close()
+        self._monitor.close()
+
+    def _links_ready(self, moment: float) -> bool:
+        if self._monitor.drain():
+            self._look_at = min(self._look_at, max(moment + OFFER_SETTLE, self._looked_at + OFFER_SPACING))
+            self._own_due = min(self._own_due, self._look_at)
+        return False
+
+    def _own_work(self, moment: float) -> None:
+        super()._own_work(moment)
+        if moment >= self._look_at:
+            self._look_at, self._looked_at = INF, moment
+            self._worker.submit(Snapshot())
+        self._own_due = min(self._wall_at, self._look_at)
+
+    def _perform(self, job: Job | Snapshot) -> object:
+        return self._look() if isinstance(job, Snapshot) else super()._perform(job)
+
+    def _job_done(self, job: Job | Snapshot, result: object, moment: float) -> None:
+        if not isinstance(job, Snapshot):
+            super()._job_done(job, result, moment)
+        elif isinstance(result, Exception):
+            log.warning("cannot see what this host can offer to clients: %s", result)
+        else:
+            self._role.offer_is(cast("Offer", result), moment)
 
 
 class ClientLoop(Loop["Client"]):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -99,7 +100,7 @@ def run_server(settings: ServerSettings) -> None:
         stack.callback(host.restore, settings.run_dir, device, settings.script)
         stack.callback(_ignore_signals)  # first of all, wherever it ends
         the_host.run(setup.verb, setup.values)
-        loop = ServerLoop(settings, role, tun, the_host, state, sock)
+        loop = ServerLoop(settings, role, tun, the_host, state, sock, partial(_look_for_offer, settings))
         stack.callback(loop.finish)
         log.info("listening on UDP port %d, tunnel network %s and %s", settings.port, network.ipv4, network.ipv6)
         _tell_first_line(settings, links, token)
@@ -238,7 +239,24 @@ def _check_neighbours(network: IPv4Network, links: tuple[Link, ...], *, is_store
 def _offer(settings: ServerSettings, links: tuple[Link, ...]) -> Offer:
     has4 = any(link.gateway4 is not None for link in links) or not any(link.gateway6 for link in links)
     has6 = any(link.gateway6 is not None for link in links)
-    return Offer(settings.mtu, has4, has6, host.resolvers() or FALLBACK_DNS)
+    return Offer(settings.mtu, has4, has6, offered_dns(host.resolvers(), has_ipv6=has6))
+
+
+def _look_for_offer(settings: ServerSettings) -> Offer:
+    return _offer(settings, netlink.snapshot())
+
+
+def offered_dns(found: tuple[IPAddress, ...], *, has_ipv6: bool) -> tuple[IPAddress, ...]:
+    """Return the resolvers that clients are offered, two at the most, of those that this host asks itself.
+
+    One at least is asked by IPv4, which every client has, and none by IPv6 where that does not go on from here.
+    """
+    usable = [address for address in found if address.version == 4 or has_ipv6]
+    if not usable:
+        return FALLBACK_DNS
+    by_ipv4 = next((address for address in usable if address.version == 4), FALLBACK_DNS[0])
+    two = usable[:2]
+    return tuple(two) if any(address.version == 4 for address in two) else (two[0], by_ipv4)
 
 
 def _server_values(settings: ServerSettings, network: Any, dns: tuple[IPAddress, ...]) -> dict[str, ScriptValue]:

@@ -209,6 +209,17 @@ class Server(Role):
             self._events.append(self._setup)
         self._mend_at = self._upkeep.next_deadline()
 
+    def offer_is(self, offer: Offer, now: float) -> None:
+        """The host can give clients this now; those that are here hear of it where it has changed."""
+        if offer == self._offer:
+            return
+        self._offer = offer
+        going = " and ".join(name for name, goes in (("IPv4", offer.ipv4_onward), ("IPv6", offer.ipv6_onward)) if goes)
+        log.info("to the internet go: %s; resolvers: %s", going or "nothing", ", ".join(map(str, offer.dns)) or "none")
+        for peer in self._peers.values():
+            peer.address_is(self._address_of(peer.record), now, self.out)
+            self._after(peer, now)
+
     def overrun(self, source: Endpoint, buffers: int) -> None:
         """See `Role.overrun`; which client's they were is not known."""
         super().overrun(source, buffers)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mptunnel import control, loop, udp
+from mptunnel import control, loop, netlink, udp
 from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
 from mptunnel.events import Resolve, RunScript, SaveState
-from mptunnel.loop import CALM, READS_PER_TURN, ClientLoop, ServerLoop
+from mptunnel.loop import CALM, OFFER_SPACING, READS_PER_TURN, ClientLoop, ServerLoop
 from mptunnel.packet import PLAIN
+from mptunnel.server import Offer
 from mptunnel.timers import INF
 from mptunnel.udp import ServerSocket
 from tests.simnet import TARGET, Simnet, Wire, ipv4
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.interpreted  # a loop turned by hand
 
+BETTER = Offer(1420, ipv4_onward=True, ipv6_onward=True)  # what a host has to offer once its network is up
 FRAME = PLAIN + ipv4(TARGET, "10.0.1.99", b"to nobody")
 
 
@@ -82,7 +84,9 @@ class Turning(ServerLoop):
         self.device = Device()
         net = Simnet(Wire())
         settings = ServerSettings(run_dir=run_dir)
-        super().__init__(settings, net.server, self.device, None, None, ServerSocket(0))  # type: ignore[arg-type]
+        device: Any = self.device
+        nothing: Any = None
+        super().__init__(settings, net.server, device, nothing, nothing, ServerSocket(0), lambda: BETTER)
         self._wall_at = self._own_due = float("inf")
 
     def turns(self, count: int) -> None:
@@ -256,3 +260,20 @@ def test_a_disk_that_stalls_holds_up_no_script(turning: Turning, monkeypatch: py
     while len(done) < 2:
         turning.turns(1)
     assert done[1] == (document, None)
+
+
+def test_what_the_host_can_offer_is_looked_at_again_when_its_network_changes(
+    turning: Turning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Offer] = []
+    monkeypatch.setattr(turning._role, "offer_is", lambda offer, _: said.append(offer))
+    turning._wall_at = turning._own_due = 0.0  # at its start
+    while not said:
+        turning.turns(1)
+    assert said == [BETTER]
+    looked_at = turning._looked_at
+    monkeypatch.setattr(netlink.Monitor, "drain", lambda _: True)
+    turning._links_ready(looked_at + 1.0)
+    assert turning._look_at == looked_at + OFFER_SPACING
+    turning._links_ready(looked_at + 100.0)
+    assert turning._look_at == looked_at + OFFER_SPACING, "the first of a burst sets the time"

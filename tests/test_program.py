@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, ip_interface
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Network, ip_address, ip_interface
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mptunnel.config import DEFAULT_NETWORK, Link, ServerSettings, free_network
+from mptunnel.config import DEFAULT_NETWORK, FALLBACK_DNS, Link, ServerSettings, free_network
 from mptunnel.errors import ConfigError
-from mptunnel.program import _network_of
+from mptunnel.program import _network_of, offered_dns
 from mptunnel.state import StateDir
 
 if TYPE_CHECKING:
@@ -59,3 +59,26 @@ def test_a_larger_network_around_it_is_warned_of_only(tmp_path: Path, caplog: py
     assert of(tmp_path, "192.0.2.7/24") == DEFAULT_NETWORK
     assert of(tmp_path, "10.5.5.5/8") == DEFAULT_NETWORK
     assert "is also in use at eth0 (10.5.5.5/8)" in caplog.text
+
+
+QUAD9, OWN4 = ip_address("9.9.9.9"), ip_address("192.0.2.53")
+OWN6, MORE6 = ip_address("2001:db8::53"), ip_address("2001:db8::54")
+
+
+@pytest.mark.parametrize(
+    ("found", "has_ipv6", "offered"),
+    [
+        ((), True, FALLBACK_DNS),
+        ((OWN6, MORE6), True, (OWN6, QUAD9)),
+        ((OWN6, MORE6), False, FALLBACK_DNS),
+        ((OWN6, MORE6, OWN4), True, (OWN6, OWN4)),
+        ((OWN6, OWN4), False, (OWN4,)),
+        ((OWN4, OWN6, MORE6), True, (OWN4, OWN6)),
+        ((OWN4,), True, (OWN4,)),
+        ((OWN6,), True, (OWN6, QUAD9)),
+    ],
+)
+def test_one_resolver_at_least_is_asked_by_ipv4_and_none_by_what_does_not_go_on(
+    found: tuple[Any, ...], offered: tuple[Any, ...], *, has_ipv6: bool
+) -> None:
+    assert offered_dns(found, has_ipv6=has_ipv6) == offered

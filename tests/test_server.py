@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -834,3 +836,20 @@ def test_a_thief_of_a_token_fills_neither_the_log_nor_the_wire(caplog: pytest.Lo
     assert len([r for r in caplog.records if "is refused" in r.getMessage()]) == 1
     assert len(net.sent(TRANSPORT, "down", None, since)) <= 256
     assert net.server.drops["ENROL refused"] <= 256
+
+
+def test_what_the_host_can_give_later_its_clients_are_told_when_it_can() -> None:
+    net = Simnet()
+    net.run(3.0)
+    before = net.server._offer
+    better = replace(before, ipv6_onward=not before.ipv6_onward, dns=(ip_address("192.0.2.53"),))
+    net.server.offer_is(better, net.now)
+    net.run(0.2)
+    addresses = net.controls("down", Control.ADDRESS, None, net.now - 0.2)
+    assert len(addresses) == 2
+    tunnel = net.client._tunnel
+    assert tunnel is not None
+    assert (tunnel.ipv6_onward, tunnel.dns) == (better.ipv6_onward, better.dns)
+    net.server.offer_is(better, net.now)
+    net.run(0.2)
+    assert net.controls("down", Control.ADDRESS, None, net.now - 0.2) == []
