@@ -67,6 +67,8 @@ ROUTE_SPACING: Final = 1.0  # s: a client that changes its MTU all the time must
 ROUTES_AT_ONCE: Final = 4  # but at its start it does so once or twice, and what connects then keeps the MTU it finds
 TIMESTAMPS: Final = 256  # of initiations by a join token, remembered
 HELLO_WITHIN: Final = 3.0  # of the first data under a session: else the client is a stock peer now
+MAX_TWINS: Final = 4  # runs of a client that are remembered, to know one that comes back
+TWINS_SPACING: Final = 3600.0  # s between two warnings of it
 UNPROVEN_SHARE: Final = 3  # times what came from an address may go there while its client may yet say HELLO (R4)
 
 
@@ -100,6 +102,8 @@ class ClientPeer(Peer):
         self._instance = instance
         self._clock_origin = clock_origin
         self._client_instance: int | None = None
+        self._former_instances: deque[int] = deque(maxlen=MAX_TWINS)
+        self._twins_told_at = -INF
         self._hello_order = (-1, -1)  # session and counter of the newest HELLO
         self._instance_from = -1  # the session in which this run of the client said HELLO first
         self._unsaid = (-1, -INF)  # the session in which data came last, and when the first of it came
@@ -279,6 +283,7 @@ class ClientPeer(Peer):
         is_newest, self._hello_order = order > self._hello_order, max(order, self._hello_order)
         is_compatible = hello.oldest <= PROTOCOL_VERSION <= hello.version
         if hello.instance != self._client_instance:
+            self._has_changed_hands(hello.instance, source, now)
             self._client_instance, self._instance_from = hello.instance, session.serial
             self.is_multipath = self.takes_partial = False  # until this HELLO offers it too
             self._forget_paths()
@@ -313,6 +318,18 @@ class ClientPeer(Peer):
         if self.is_multipath:
             for source, path in self._bound.items():
                 self._send_control(address.encode(), source, path, now, out)
+
+    def _has_changed_hands(self, instance: int, source: Endpoint, now: float) -> None:
+        """Another run of the client has taken over; warn where one comes back that another had taken over from."""
+        if instance in self._former_instances and now - self._twins_told_at > TWINS_SPACING:
+            self._twins_told_at = now
+            log.warning(
+                "%s is two machines with one key, which take the tunnel from each other; the last one came from %s: "
+                "delete client/key in the state directory of one of them, and let it join by a token of its own",
+                self.name, source.plain_host,
+            )  # fmt: skip
+        if self._client_instance is not None:
+            self._former_instances.append(self._client_instance)
 
     # -- paths -----------------------------------------------------------------------------------------
 

@@ -522,6 +522,17 @@ def hello(net: Simnet, **change: Any) -> bytes:
     return sealed(net, Hello(**values | change).encode())
 
 
+def test_two_machines_with_one_key_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    net, elsewhere = running(Wire()), stranger()
+    own = net.client._instance
+    deliver(net, hello(net, instance=own + 1), elsewhere)
+    assert "one key" not in caplog.text, "a restart is none"
+    for _ in range(3):
+        deliver(net, hello(net, instance=own), net.source(0))
+        deliver(net, hello(net, instance=own + 1), elsewhere)
+    assert caplog.text.count("two machines with one key") == 1
+
+
 def test_a_hello_is_answered_to_where_it_came_from_with_the_addresses_and_the_serial() -> None:
     net, somewhere = running(Wire()), stranger()
     deliver(net, hello(net, serial=77), somewhere)
