@@ -679,14 +679,28 @@ class Client(Role):
         if tunnel == self._tunnel:
             return
         self._tunnel = tunnel
+        self._warn_of_clashes(tunnel)
+        self._make_tunnel(tunnel)
+        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
+
+    def _warn_of_clashes(self, tunnel: Tunnel) -> None:
+        """Warn once of each other interface whose addresses are the tunnel's too."""
         for link in self._links:
-            if tunnel.peer4 is not None and any(tunnel.peer4 in address.network for address in link.addresses):
+            if link.name == self._settings.device:
+                continue
+            own = [a.ip for a in link.addresses if a.ip in {tunnel.address4, tunnel.address6}]
+            if own:
+                log.warning(
+                    "%s has the address %s, which is ours in the tunnel too: who connects to it there from beyond that "
+                    "LAN is answered through the tunnel, which fails, and others in the LAN may be out of reach; start "
+                    "the server with another --network before its first client joins, or give %s another address",
+                    link.name, own[0], link.name,
+                )  # fmt: skip
+            elif tunnel.peer4 is not None and any(tunnel.peer4 in address.network for address in link.addresses):
                 log.warning(
                     "%s is the server's address in the tunnel, so who has it at %s cannot be reached; "
                     "start the server with another --network", tunnel.peer4, link.name,
                 )  # fmt: skip
-        self._make_tunnel(tunnel)
-        log.info("tunnel address %s", " and ".join(str(a) for a in (tunnel.address4, tunnel.address6) if a))
 
     def _make_tunnel(self, tunnel: Tunnel) -> None:
         """Let the script give the device its addresses and routes, or give them anew."""

@@ -217,7 +217,8 @@ up() {
     dns
 }
 
-guard() {           # our nft table: what leaves by the device has its address, what is for that came by it
+guard() {           # our nft table: what leaves by the device has its address, what is for that came by it, or by an
+                    # interface that has the same address itself, as one in a LAN of our tunnel's numbers may
     command -v nft >/dev/null || { warn 'nft: not found; no masquerade, no DNS rule; install nftables'; return; }
     address4=${MPT_ADDRESS4:-} address6='' spoofed='' foreign='' homeless=''
     [ -n "$address4" ] || homeless="${newline}        oifname \"$device\" meta nfproto ipv4 reject"
@@ -227,7 +228,8 @@ guard() {           # our nft table: what leaves by the device has its address, 
     fi
     for address in ${address4%/*} ${address6%/*}; do
         case $address in *:*) ip=ip6 ;; *) ip=ip ;; esac
-        spoofed="$spoofed${newline}        iifname != \"$device\" $ip daddr $address fib saddr type != local drop"
+        spoofed="$spoofed${newline}        iifname != \"$device\" $ip daddr $address fib daddr . iif type != local"
+        spoofed="$spoofed fib saddr type != local drop"
         foreign="$foreign${newline}        oifname \"$device\" $ip saddr != $address masquerade"
     done
     rules "table inet $ours
@@ -385,8 +387,18 @@ path_up() {
     esac
     batch "$family" "route replace default $hop dev $MPT_INTERFACE table $table proto kernel"
     [ "$family${MPT_SHARED:-0}" != -41 ] || alone loosen || exit 1
+    [ "$family" != -4 ] || stand_behind
     settle "$family" "$table" "priority $table from $MPT_ADDRESS to $MPT_SERVER lookup $table"
     settle "$other" "$table" ''
+}
+
+stand_behind() {    # nft's fib sees an IPv4 address at one interface only, that of its first local route: not ours here
+    case $newline$(ip -4 route show table local dev "$device" 2>/dev/null) in
+        *"${newline}local $MPT_ADDRESS "*) ;;
+        *) return 0 ;;
+    esac
+    attempt -4 "route del local $MPT_ADDRESS dev $device table local
+route append local $MPT_ADDRESS dev $device table local proto kernel scope host src $MPT_ADDRESS"
 }
 
 loosen() {          # a strict rp_filter drops what comes by the interface the kernel would not choose itself

@@ -592,6 +592,16 @@ def test_the_device_is_set_up_once_with_what_the_server_gives() -> None:
     assert ups[0]["mtu"] == 1280
 
 
+def test_a_lan_that_has_given_us_our_address_in_the_tunnel_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Simnet(Wire(), Wire())
+    net.wires[1].address = CLIENT
+    net.client.links_changed([*net.links(), link("mpt0", f"{CLIENT}/32", gateway=None)], net.now)
+    net.run(5.0)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert said.startswith(f"w1 has the address {CLIENT}, which is ours in the tunnel too: ")
+    assert "--network before its first client joins, or give w1 another address" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "dns"),
     [

@@ -269,6 +269,43 @@ def test_other_hosts_use_the_tunnel_under_its_address_and_nobody_reaches_that_fr
     assert probe.saw(b"outside"), "nothing is shown"
 
 
+def test_a_lan_that_has_given_us_our_address_in_the_tunnel_is_heard(two: tuple[Setup, Machine]) -> None:
+    setup, lan = two
+    client = setup.machine
+    client.tun()
+    plug = "ip addr add 10.0.1.2/24 dev wifi; ip -6 addr add fd00:1::2/64 dev wifi"
+    client.sh(f"ip addr flush dev wifi; {plug}; echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter")
+    lan.sh("ip addr flush dev wifi-far; ip addr add 10.0.1.9/24 dev wifi-far; ip -6 addr add fd00:1::9/64 dev wifi-far")
+    path = {**PATH, "MPT_INTERFACE": "wifi", "MPT_ADDRESS": "10.0.1.2", "MPT_GATEWAY": "10.0.1.9", "MPT_SHARED": "0"}
+    probe = client.echo(7)
+
+    def hears(target: str, words: str) -> bool:
+        kind = "socket.AF_INET6" if ":" in target else "socket.AF_INET"
+        code = f"import socket; socket.socket({kind}, 2).sendto(b'{words}', ('{target}', 7))"
+        lan.sh(f'{sys.executable} -c "{code}"')
+        return probe.saw(words.encode(), 0.5) is not None
+
+    setup.do("client", "path-up", path)
+    setup.do("client", "up", {**CLIENT, "MPT_KEEP": "", "MPT_DNS": ""})
+    assert hears("10.0.1.2", "lease")
+    assert hears("fd00:1::2", "lease6")
+    client.sh(f"ip addr flush dev wifi; {plug}")  # the tunnel's is now the older one
+    assert not hears("10.0.1.2", "younger"), "nothing is shown"
+    for words in "again", "as before":
+        setup.do("client", "path-up", path)
+        assert hears("10.0.1.2", words)
+    assert hears("fd00:1::2", "again6")
+    lan.sh("ip -6 addr add fd00:9::1/64 dev lte-far; ip route add 10.0.1.2 via 10.2.0.2")
+    client.sh("ip -6 addr add fd00:9::2/64 dev lte")
+    lan.sh("ip -6 route add fd00:1::2 via fd00:9::2")
+    for target in "10.0.1.2", "fd00:1::2":
+        assert not hears(target, f"by lte {target}")
+    setup.do("client", "down")
+    for target in "10.0.1.2", "fd00:1::2":
+        assert hears(target, f"after down {target}"), "nothing is shown"
+    assert "mpt0" not in client.sh("ip route show table local")
+
+
 def test_a_family_without_an_address_is_refused_at_once_instead_of_leaking(setup: Setup) -> None:
     setup.machine.tun("mpt3")
     setup.do("client", "up", {**CLIENT, "MPT_ADDRESS6": "", "MPT_PEER6": ""}, "mpt3")
