@@ -55,7 +55,7 @@ from mptunnel.packet import (
 from mptunnel.path import PROBE_INTERVAL, ClientPath, PathState
 from mptunnel.pathbook import PathBook
 from mptunnel.pathdesk import VERBS, PathDesk
-from mptunnel.plan import AllowedAddresses, Tunnel, path_values, stock_tunnel, tunnel_values
+from mptunnel.plan import AllowedAddresses, Tunnel, kept_values, path_values, stock_tunnel, tunnel_values
 from mptunnel.register import Reply
 from mptunnel.role import INF, Role
 from mptunnel.serverpeer import ServerPeer
@@ -213,7 +213,7 @@ class Client(Role):
             self._links = tuple(links)
             self._arrange(now)
             if self._kept and self._tunnel is not None:
-                self._events.append(RunScript("keep", {"keep": self._kept}))
+                self._events.append(RunScript("keep", kept_values(self._tunnel, self._kept)))
         if self._upkeep is not None and picture is not None:
             self._upkeep.looked(self._links, picture)
             self._mend(now)

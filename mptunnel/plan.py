@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mptunnel.uplinks import Way
 
     IPAddress = IPv4Address | IPv6Address
+    Kept = tuple[tuple[IPAddress, IPAddress], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def tunnel_values(
     mtu: int,
     routes: tuple[IPv4Network | IPv6Network, ...],
     servers: tuple[IPAddress, ...],
-    kept: tuple[tuple[IPAddress, IPAddress], ...],
+    kept: Kept,
 ) -> dict[str, Any]:
     """What the script is told of the tunnel (verb up)."""
     return {
@@ -81,3 +82,8 @@ def tunnel_values(
         "servers": servers,
         "keep": kept,
     }
+
+
+def kept_values(tunnel: Tunnel, kept: Kept) -> dict[str, Any]:
+    """What the script is told when the host's addresses or routes have changed (verb keep)."""
+    return {"keep": kept, "address4": tunnel.address4, "address6": tunnel.address6}

@@ -4,7 +4,7 @@
 # leaves with 1 and ends stderr with what failed; a line `warning: ...` there is no failure.
 #
 # up          addresses, routes, masquerade and name servers; again, with other values, replaces what was
-# keep        follow the main table with the routes of kept connections, after it has changed
+# keep        after the main table has changed: the routes of kept connections follow it, rules that are missing are made
 # dns         ask other name servers (MPT_DNS), or the former ones again (MPT_DNS empty), past the tunnel or not
 # mtu         another MTU of the device
 # path-up     let one path's datagrams leave by its interface; again, with other values, replaces what was
@@ -16,13 +16,13 @@
 # MPT_SAVED      file that holds values as they were (/run/mptunnel/DEVICE.saved)              optional
 # MPT_DRY_RUN    not empty: print the commands, run none                                       optional
 # MPT_MTU        of the device                                                                 up mtu
-# MPT_ADDRESS4   its IPv4 address, with the server's as MPT_PEER4; without a peer ADDR/PREFIX  up, may be empty
-# MPT_ADDRESS6   the same for IPv6, with MPT_PEER6                                             up, may be empty
+# MPT_ADDRESS4   its IPv4 address, with the server's as MPT_PEER4; without a peer ADDR/PREFIX  up keep, may be empty
+# MPT_ADDRESS6   the same for IPv6, with MPT_PEER6                                             up keep, may be empty
 # MPT_ROUTES     networks to be reached through the tunnel; 0.0.0.0/0 and ::/0 are everything  up, may be empty
 # MPT_DNS        name servers to be asked, whatever an application believes                    up dns, may be empty
 # MPT_OUTSIDE    1: questions leave as if there were no tunnel, until `dns` or `up` comes again   dns, optional
 # MPT_SERVERS    outer addresses of the server, which the DNS rule leaves alone                up dns, may be empty
-# MPT_KEEP       connections that stay outside the tunnel: LOCAL,REMOTE pairs                  up, may be empty
+# MPT_KEEP       connections that stay outside the tunnel: LOCAL,REMOTE pairs                  up keep, may be empty
 # MPT_PATH       number of the path, 0 to 7                                                    path-up path-down
 # MPT_INTERFACE  MPT_ADDRESS  MPT_GATEWAY (may be empty)  MPT_SERVER: the path's way out       path-up
 # MPT_SHARED     1: another interface has the same address, so replies may come by either      path-up, optional
@@ -185,7 +185,7 @@ main() {
     command -v ip >/dev/null || fail 'ip: not found; install iproute2'
     case ${1:-} in
         up) up ;;
-        keep) follow ;;
+        keep) keep add ;;
         dns) outside; dns ;;
         mtu) batch -4 "link set dev $device mtu $MPT_MTU" ;;
         path-up) path_up ;;
@@ -198,7 +198,7 @@ main() {
 up() {
     begin
     guard                                # first what protects, then what leads traffic here
-    keep
+    keep just
     routes4='' routes6=''
     for network in ${MPT_ROUTES:-}; do   # everything: as halves, so that default routes stay as they are
         case $network in
@@ -275,32 +275,32 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
 }
 
 keep() {            # MPT_KEEP: what goes by the main table now still does, by a copy of it; so does an answer of sshd
-    for family in -4 -6; do
+    for family in -4 -6; do          # just: by these rules and no others; add: these too
+        our_rules "$family" "$kept" "$kept"
         asked='' wanted=''
+        [ "$1" = just ] || [ -z "$found" ] || wanted=$found$newline
         for pair in ${MPT_KEEP:-}; do
             ! is "$family" "$pair" || asked="${asked}route get ${pair#*,} from ${pair%,*}$newline"
         done
-        our_rules "$family" "$kept" "$kept"
         [ -n "$asked$found" ] || continue
-        while read -r remote _ local more; do
+        answers=$newline$(printf '%s' "$asked" | ip "$family" -o -force -batch - 2>/dev/null)$newline
+        for pair in ${MPT_KEEP:-}; do
+            local=${pair%,*} remote=${pair#*,}
             case " ${MPT_ADDRESS4:-} ${MPT_ADDRESS6:-} " in *" $local "* | *" $local/"*) continue ;; esac
-            case " $more " in *" table $kept "*) ;; *' table '* | '  ') continue ;; esac
+            case $answers in
+                *"$newline$remote from $local "*)
+                    more=${answers#*"$newline$remote from $local "}
+                    case " ${more%%"$newline"*} " in *" table $kept "*) ;; *' table '*) continue ;; esac ;;
+                *)                   # the address is away: its rules stay, for the connection outlives that
+                    case $newline$found$newline in *" from $local to $remote lookup "*) ;; *) continue ;; esac ;;
+            esac
             for rule in "from $local to $remote" "from $local ipproto tcp sport 22"; do
                 rule="priority $kept $rule lookup $kept"
                 case $newline$wanted in *"$newline$rule$newline"*) ;; *) wanted=$wanted$rule$newline ;; esac
             done
-        done <<END
-$(printf '%s' "$asked" | ip "$family" -o -force -batch - 2>/dev/null)
-END
+        done
         if [ -n "$wanted" ]; then copy_main "$family"; else attempt "$family" "route flush table $kept"; fi
         settle "$family" "$kept" "${wanted%"$newline"}"
-    done
-}
-
-follow() {
-    for family in -4 -6; do
-        our_rules "$family" "$kept" "$kept"
-        [ -z "$found" ] || copy_main "$family"
     done
 }
 
@@ -418,10 +418,9 @@ path_down() {
 
 settle() {          # FAMILY PRIORITY RULES: ours of that priority are just these
     our_rules "$1" "$2" "$2"
-    [ "$found" != "$3" ] || return 0
-    each 'rule del ' "$found" ''
+    each 'rule del ' "$found" '' "$3"
     [ -z "$lines" ] || attempt "$1" "$lines"
-    each 'rule add ' "$3" ' protocol kernel'            # systemd-networkd leaves those alone
+    each 'rule add ' "$3" ' protocol kernel' "$found"   # systemd-networkd leaves those alone
     [ -z "$lines" ] || batch "$1" "$lines"
 }
 
@@ -439,9 +438,11 @@ $shown
 END
 }
 
-each() {            # BEFORE LINES AFTER: $lines: each with this before and behind it
+each() {            # BEFORE LINES AFTER BUT: $lines: each that is not among BUT, with this before and behind it
     lines=
-    while IFS= read -r line; do [ -z "$line" ] || lines="$lines$1$line$3$newline"; done <<END
+    while IFS= read -r line; do
+        case $newline$newline$4$newline in *"$newline$line$newline"*) ;; *) lines="$lines$1$line$3$newline" ;; esac
+    done <<END
 $2
 END
 }
@@ -450,7 +451,7 @@ down() {
     ! resolved || ! [ -d "/proc/sys/net/ipv4/conf/$device" ] || tell resolvectl revert "$device"
     for family in -4 -6; do
         our_rules "$family" "$base" "$kept"
-        each 'rule del ' "$found" ''
+        each 'rule del ' "$found" '' ''
         table=$base
         while [ "$table" -le "$kept" ]; do
             lines="${lines}route flush table $table$newline" table=$((table + 1))

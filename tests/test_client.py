@@ -602,6 +602,15 @@ def test_a_lan_that_has_given_us_our_address_in_the_tunnel_is_warned_of_once(cap
     assert "--network before its first client joins, or give w1 another address" in said
 
 
+def test_after_a_change_the_script_is_told_again_which_connections_are_kept_and_what_is_the_tunnels_own() -> None:
+    net = Simnet(Wire(), Wire())
+    net.client._kept = ((IPv4Address("192.168.0.2"), IPv4Address("203.0.113.7")),)
+    net.run(1.0)
+    net.set_link(0, up=False)
+    (values,) = [values for _, verb, values in net.scripts if verb == "keep"]
+    assert values == {"keep": net.client._kept, "address4": TUNNEL4[2], "address6": TUNNEL6[2]}
+
+
 @pytest.mark.parametrize(
     ("settings", "dns"),
     [

@@ -45,6 +45,60 @@ def test_kept_connections_and_sshd_go_on_as_before_and_all_else_enters_the_tunne
     assert "via 10.1.0.99 dev wifi" in setup.machine.sh(f"ip route get {ways[0]}")
 
 
+def test_kept_connections_outlive_an_outage_of_their_uplink(setup: Setup) -> None:
+    here = {"-4": "10.1.0.2/24", "-6": "2001:db8:1::2/64"}
+    gateway = {"-4": "10.1.0.1", "-6": "2001:db8:1::1"}
+    keep = {name: CLIENT[name] for name in ("MPT_KEEP", "MPT_ADDRESS4", "MPT_ADDRESS6")}
+
+    def loses_its_addresses() -> None:
+        for family, address in here.items():
+            setup.machine.sh(f"ip {family} addr del {address} dev wifi")
+
+    def gets_them_back() -> None:
+        for family, address in here.items():
+            setup.machine.sh(f"ip {family} addr add {address} dev wifi")
+            setup.machine.sh(f"ip {family} route replace default via {gateway[family]} dev wifi metric 100")
+
+    def rules() -> list[str]:
+        return sorted(setup.machine.sh("ip rule; ip -6 rule").splitlines())
+
+    def kept() -> list[str]:
+        return [rule for rule in rules() if " lookup 5208" in rule]
+
+    before = rules()
+    setup.do("client", "up", CLIENT)
+    whole, up = kept(), setup.machine.look()
+    assert len(whole) == 4, "two of each address of wifi; that of lte has a rule of the user's"
+    loses_its_addresses()
+    for verb, values in (("up", CLIENT), ("keep", keep), ("up", CLIENT)):
+        setup.do("client", verb, values)
+        assert kept() == whole
+    gets_them_back()
+    for _ in "once", "again":
+        setup.do("client", "keep", keep)
+        assert kept() == whole
+        assert "dev wifi" in setup.machine.sh("ip route get 203.0.113.7 from 10.1.0.2")
+        assert "dev wifi" in setup.machine.sh("ip route get 2001:db8:77::1 from 2001:db8:1::2")
+    setup.do("client", "up", CLIENT)
+    assert sorted(setup.machine.look()) == sorted(up)
+    setup.do("client", "down")
+    assert rules() == before
+    loses_its_addresses()
+    setup.do("client", "up", {**CLIENT, "MPT_KEEP": f"{CLIENT['MPT_KEEP']} 10.0.1.2,203.0.113.8"})
+    assert not any("10.1.0.2" in rule for rule in kept())  # of an address that is away IPv6 answers all the same
+    gets_them_back()
+    setup.do("client", "dns", {"MPT_DNS": "", "MPT_OUTSIDE": "1"})
+    questions = [rule for rule in kept() if " dport 53 " in rule]
+    assert len(questions) == 4
+    for _ in "once", "again":
+        setup.do("client", "keep", {**keep, "MPT_KEEP": f"{CLIENT['MPT_KEEP']} 10.0.1.2,203.0.113.8"})
+        assert kept() == sorted(whole + questions)
+    setup.do("client", "up", {**CLIENT, "MPT_KEEP": "10.1.0.2,203.0.113.7"})
+    assert kept() == [rule for rule in whole if "10.1.0.2" in rule]
+    setup.do("client", "down")
+    assert rules() == before
+
+
 def test_a_path_is_a_rule_and_a_table_and_path_up_replaces_them(setup: Setup) -> None:
     def rules() -> list[str]:
         found = [line.split("\t") for line in setup.machine.sh("ip rule; ip -6 rule").splitlines()]
