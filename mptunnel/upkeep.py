@@ -223,10 +223,14 @@ class Upkeep:
         return route.table == "main" and route.device.startswith("mpt") and route.device != self._device
 
     def _kept(self, picture: Picture) -> set[Expected]:
-        """The rules of kept connections, without which their table is idle; and they without it."""
+        """The rules of kept connections, without which their table is idle; and they without it.
+
+        Those by which questions leave past the tunnel for a while are in that table too; the script takes them back.
+        """
         table = str(self._base + KEPT)
         has_table = {route.version for route in picture.routes if route.table == table}
-        return {rule for rule in picture.rules if rule.table == table and rule.version in has_table}
+        kept = {rule for rule in picture.rules if rule.table == table and rule.version in has_table}
+        return {rule for rule in kept if not rule.rest.startswith("dport 53 ")}
 
     def _addresses(self) -> set[IPAddress]:
         """The tunnel's addresses that its device has."""

@@ -146,6 +146,22 @@ def test_kept_connections_are_missed_once_they_were_seen() -> None:
         assert upkeep.due(1.0) == [TUNNEL]
 
 
+def test_rules_by_which_questions_leave_past_the_tunnel_for_a_while_are_not_missed_afterwards() -> None:
+    rules: list[dict[str, object]] = [
+        {"priority": 5208, "src": "all", "ipproto": protocol, "dport": 53, "table": "5208"}
+        for protocol in ("udp", "tcp")
+    ]
+    questions = parse_picture({4: rules}, {}).rules
+    assert len(questions) == 2
+    upkeep = with_tunnel()
+    for _ in range(3):
+        for others in questions, ():
+            upkeep.looked(BOTH, picture([KEPT, *others], [*IN4, KEPT_ROUTE]))
+            assert upkeep.due(1.0) == []
+    upkeep.looked(BOTH, picture(questions, [*IN4, KEPT_ROUTE]))
+    assert upkeep.due(1.0) == [TUNNEL]
+
+
 def test_who_goes_on_removing_is_answered_ever_more_slowly_and_told_of_twice(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     upkeep, now, waits = with_path(), 100.0, []
