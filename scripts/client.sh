@@ -19,6 +19,7 @@
 # MPT_ADDRESS4   its IPv4 address, with the server's as MPT_PEER4; without a peer ADDR/PREFIX  up keep, may be empty
 # MPT_ADDRESS6   the same for IPv6, with MPT_PEER6                                             up keep, may be empty
 # MPT_ROUTES     networks to be reached through the tunnel; 0.0.0.0/0 and ::/0 are everything  up, may be empty
+#                one to which the host has a route of its own, as to a LAN without a metric, stays with that
 # MPT_DNS        name servers to be asked, whatever an application believes                    up dns, may be empty
 # MPT_OUTSIDE    1: questions leave as if there were no tunnel, until `dns` or `up` comes again   dns, optional
 # MPT_SERVERS    outer addresses of the server, which the DNS rule leaves alone                up dns, may be empty
@@ -259,7 +260,17 @@ furnish() {         # FAMILY ADDRESS PEER LENGTH ROUTES: the device has just the
         *:*) lines="$lines${newline}route replace $3/$4 dev $device proto kernel metric 256" ;;
         *) lines="$lines${newline}route replace $3/$4 dev $device proto kernel scope link src ${2%/*}" ;;
     esac
-    for network in $5; do lines="$lines${newline}route replace $network dev $device"; done
+    # `replace` takes away whoever's route has the same network and metric, and a LAN's has none with dhclient or
+    # Docker: nothing would bring it back.  With a metric that is nobody's, ours stands beside the host's own: behind
+    # those of the kernel, before the 50 and more of NetworkManager's IPv4; for IPv6 behind the 1024 of ip(8)
+    case $1 in -4) metric=32 ;; *) metric=1056 ;; esac
+    for network in $5; do lines="$lines${newline}route replace $network dev $device metric $metric"; done
+    ip "$1" -o route show table main 2>/dev/null | sed '/ dev mpt[0-9]/d' | while read -r network more; do
+        case " $5 " in *" $network "*) ;; *) continue ;; esac
+        case $more in *' metric '*) theirs=${more##* metric } ;; *) theirs=0 ;; esac
+        more=${more#*dev }
+        [ "${theirs%% *}" -gt "$metric" ] || warn "$network stays with ${more%% *}, by the host's own route"
+    done
     stale=$(                             # goes first: the kernel would take a second address for an appendix
         ip "$1" -o addr show dev "$device" | while read -r _ _ _ there word peer _; do
             [ "$word" != peer ] || there="$there peer $peer"

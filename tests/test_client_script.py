@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 import pytest
@@ -165,6 +166,32 @@ def test_up_with_other_values_leaves_nothing_of_the_former_ones(setup: Setup) ->
     setup.do("client", "up", CLIENT)
     setup.do("client", "up", other)
     assert look() == fresh
+    setup.do("client", "down")
+    assert setup.machine.look() == before
+
+
+def test_a_network_that_the_host_has_a_route_to_stays_there_and_is_named(setup: Setup) -> None:
+    """By a metric of ours: none is replaced, neither that of a LAN nor one that somebody has made."""
+    setup.machine.sh("ip route add 198.18.0.0/24 via 10.2.0.1; ip -6 route add 2001:db8:18::/48 via 2001:db8:2::1")
+    setup.machine.sh("ip route add 198.19.0.0/24 dev wifi metric 50")
+    setup.machine.sh("ip -6 route add 2001:db8:19::/48 dev wifi metric 2000")
+    own = {"10.1.0.0/24": "wifi", "198.18.0.0/24": "lte", "2001:db8:1::/64": "wifi", "2001:db8:18::/48": "lte"}
+    tunnels = ["198.19.0.0/24", "2001:db8:19::/48", "203.0.113.0/24"]
+    before = setup.machine.look()
+    values = {**CLIENT, "MPT_KEEP": "", "MPT_ROUTES": " ".join([*own, *tunnels])}
+
+    def interface(network: str) -> str:
+        answer = setup.machine.sh(f"ip -o route get {ip_network(network)[77]}")
+        return answer.split(" dev ")[1].split()[0]
+
+    for more in {"MPT_DRY_RUN": "1"}, {}, {}:
+        done = setup.script("client", "up", values, **more)
+        assert done.returncode == 0
+        assert sorted(done.stderr.splitlines()) == sorted(
+            f"warning: {network} stays with {name}, by the host's own route" for network, name in own.items()
+        )
+        assert {network: interface(network) for network in own} == own
+    assert {interface(network) for network in tunnels} == {"mpt0"}
     setup.do("client", "down")
     assert setup.machine.look() == before
 
