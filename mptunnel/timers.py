@@ -2,8 +2,8 @@
 
 WireGuard's (paper, 6; reference implementation):
 
-* RETRANSMIT: 5 s and up to 333 ms after an initiation; stopped by its response. Towards a stock peer it is given up
-  after 90 s, towards a peer of ours never.
+* RETRANSMIT: 5 s and up to 333 ms after an initiation; stopped by its response. A server that calls a stock peer gives
+  it up after 90 s, a client never does.
 * KEEPALIVE: 10 s after data came in, unless we send something before; then an empty datagram is sent.
 * NEW_HANDSHAKE: 15 s after data went out, unless anything comes in before; then the peer is silent, and a handshake
   is started.
