@@ -162,10 +162,14 @@ class DnsMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A default route by some link; `via` is None on a link without gateway (ppp, wwan)."""
+    """A default route by some link; `via` is None on a link without gateway (ppp, wwan).
+
+    `source`: the address that the route says to send from (`src` in ip-route(8)).
+    """
 
     via: IPv4Address | IPv6Address | None
     metric: int
+    source: IPv4Address | IPv6Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ class Link:
     """One network interface of the host, as far as a path needs it.
 
     `up`: set up by the administrator, and with carrier. `addresses`: global ones that may be used, in the kernel's
-    order. A gateway is that of the link's default route of lowest metric in the main table.
+    order, the `deprecated` ones last: they are valid, but past their preferred lifetime (RFC 4862, 5.5.4). A gateway is
+    that of the link's default route of lowest metric in the main table.
     """
 
     name: str
@@ -184,6 +189,7 @@ class Link:
     gateway4: Gateway | None
     gateway6: Gateway | None
     mtu: int
+    deprecated: frozenset[IPv4Address | IPv6Address] = frozenset()
 
 
 def neighbours(network: IPv4Network, links: Iterable[Link]) -> list[tuple[Link, IPv4Interface]]:

@@ -39,7 +39,7 @@ _BUFFER: Final = 1 << 16
 _READS: Final = 64  # in one turn; what is left wakes the loop again
 
 _DOWN: Final = frozenset({"DOWN", "LOWERLAYERDOWN", "NOTPRESENT", "DORMANT"})  # RFC 2863 operational states
-_UNUSABLE: Final = ("deprecated", "tentative", "dadfailed")
+_UNUSABLE: Final = ("tentative", "dadfailed")
 _ESTABLISHED: Final = "01"  # net/tcp_states.h
 _LISTEN: Final = "0A"
 _SSH: Final = 22
@@ -221,10 +221,11 @@ def parse_links(links: list[Any], routes4: list[Any], routes6: list[Any]) -> tup
             index=link["ifindex"],
             kind=link.get("linkinfo", {}).get("info_kind", ""),
             up="UP" in link["flags"] and "NO-CARRIER" not in link["flags"] and link.get("operstate") not in _DOWN,
-            addresses=tuple(filter(None, map(_address, link.get("addr_info", [])))),
+            addresses=(*_addresses(link, deprecated=False), *_addresses(link, deprecated=True)),
             gateway4=gateways4.get(link["ifname"]),
             gateway6=gateways6.get(link["ifname"]),
             mtu=link.get("mtu", 0),
+            deprecated=frozenset(address.ip for address in _addresses(link, deprecated=True)),
         )
         for link in links
         if "ifname" in link
@@ -323,11 +324,14 @@ def _ip(*words: str) -> list[Any]:
     return answer if isinstance(answer, list) else []
 
 
-def _address(info: dict[str, Any]) -> IPv4Interface | IPv6Interface | None:
-    """Return a usable global address, else None."""
-    if info.get("scope") != "global" or "local" not in info or any(info.get(flag) for flag in _UNUSABLE):
-        return None
-    return ipaddress.ip_interface(f"{info['local']}/{info['prefixlen']}")
+def _addresses(link: dict[str, Any], *, deprecated: bool) -> list[IPv4Interface | IPv6Interface]:
+    """Return the usable global addresses of a link that are deprecated, or those that are not."""
+    return [
+        ipaddress.ip_interface(f"{info['local']}/{info['prefixlen']}")
+        for info in link.get("addr_info", [])
+        if info.get("scope") == "global" and "local" in info and not any(info.get(flag) for flag in _UNUSABLE)
+        if info.get("deprecated", False) is deprecated
+    ]
 
 
 def _gateways(routes: list[Any]) -> dict[str, Gateway]:
@@ -338,7 +342,12 @@ def _gateways(routes: list[Any]) -> dict[str, Gateway]:
             continue
         for hop in route.get("nexthops", [route]):
             via = hop.get("gateway") or hop.get("via", {}).get("host")
-            gateway = Gateway(ipaddress.ip_address(via) if via else None, route.get("metric", 0))
+            source = route.get("prefsrc")
+            gateway = Gateway(
+                ipaddress.ip_address(via) if via else None,
+                route.get("metric", 0),
+                ipaddress.ip_address(source) if source else None,
+            )
             name = hop.get("dev")
             if name is not None and (name not in found or gateway.metric < found[name].metric):
                 found[name] = gateway

@@ -5,6 +5,9 @@ address when it is first seen; from then on the path is that interface, whatever
 preferred. If ADDRESS turns up elsewhere while the interface has none, the path moves there. Without `-i` every
 interface with a default route is a path, tunnels apart; it leaves when it loses that route, and comes back as the same
 path unless another has taken its number.
+
+Of several addresses that one is used which is likeliest to reach the server and to be reached (see `_source`); of equal
+ones the path keeps the one it has, also if that is deprecated: a working socket is not moved.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from mptunnel.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from ipaddress import IPv4Address, IPv6Address
+    from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 
     from mptunnel.config import Gateway, Link
 
     IPAddress = IPv4Address | IPv6Address
 
 TUNNELS: Final = frozenset({"tun", "wireguard", "ipip", "sit", "gre", "ip6tnl", "vti", "xfrm"})
+_ULA: Final = ipaddress.IPv6Network("fc00::/7")  # RFC 4193
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,14 @@ class Way:
 class Uplink:
     """One `-i`, or one interface found."""
 
-    __slots__ = ("address", "interface", "is_found", "name")
+    __slots__ = ("address", "interface", "is_found", "name", "source")
 
     def __init__(self, name: str, *, is_found: bool = False) -> None:
         self.name = name
         self.is_found = is_found  # without -i: it leaves with its default route
         self.address = _address(name)
         self.interface = "" if self.address else name
+        self.source: IPAddress | None = None  # the address that its path has now
 
 
 class Uplinks:
@@ -99,7 +104,9 @@ class Uplinks:
         found: dict[int, Way | None] = {}
         for number, uplink in self.by_id.items():
             link = self._link_of(uplink, links)
-            found[number] = None if link is None else _way(uplink, link, links, servers, avoid.get(number, 0))
+            way = None if link is None else _way(uplink, link, links, servers, avoid.get(number, 0))
+            uplink.source = None if way is None else way.address
+            found[number] = way
         return found
 
     def advice(self, uplink: Uplink, links: Iterable[Link]) -> str:
@@ -164,12 +171,13 @@ def _way(
     candidates = []
     for version in versions:
         server = servers.get(version)
-        address = _address_on(link, version, uplink.address)
-        if server is None or address is None:
+        own = [address for address in link.addresses if address.version == version]
+        if server is None or not own:
             continue
         gateway = link.gateway4 if version == 4 else link.gateway6
-        is_on_link = any(server in address.network for address in link.addresses if address.version == version)
+        is_on_link = any(server in address.network for address in own)
         via = None if gateway is None or is_on_link else gateway.via
+        address = _source(uplink, link, own, server, None if is_on_link else gateway)
         shared = any(_holds(other, address) for other in links if other.name != link.name)
         way = Way(link.name, link.index, address, server, via, shared)
         candidates.append((_rank(gateway, is_on_link=is_on_link), way))
@@ -181,9 +189,35 @@ def _rank(gateway: Gateway | None, *, is_on_link: bool) -> int:
     return 0 if gateway is not None or is_on_link else 1
 
 
-def _address_on(link: Link, version: int, preferred: IPAddress | None) -> IPAddress | None:
-    own = [address.ip for address in link.addresses if address.version == version]
-    return preferred if preferred in own else next(iter(own), None)
+def _source(
+    uplink: Uplink,
+    link: Link,
+    own: Sequence[IPv4Interface | IPv6Interface],
+    server: IPAddress,
+    gateway: Gateway | None,
+) -> IPAddress:
+    """Return which of the link's `own` addresses a path has; `gateway` None: the server is on the link, or no route.
+
+    The first difference counts: the one that `-i` names; the default route's; one whose subnet holds the next hop
+    (another may be for a modem's own pages); a ULA for a server with one and only for that; one whose network has a
+    preferred address (a router deprecates a prefix that leads nowhere any more, RFC 9096, but a host a privacy address
+    that still works, RFC 8981); the present one; one that is not deprecated.
+    """
+    preferred = [address.network for address in own if address.ip not in link.deprecated]
+    hop, source = (server, None) if gateway is None else (gateway.via, gateway.source)
+
+    def demerits(address: IPv4Interface | IPv6Interface) -> tuple[bool, ...]:
+        return (
+            address.ip != uplink.address,
+            address.ip != source,
+            hop is None or hop not in address.network,
+            (address.ip in _ULA) != (server in _ULA),
+            not any(address.ip in network for network in preferred),
+            address.ip != uplink.source,
+            address.ip in link.deprecated,
+        )
+
+    return min(own, key=demerits).ip
 
 
 def _holds(link: Link, address: IPAddress | None) -> bool:

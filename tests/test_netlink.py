@@ -66,10 +66,11 @@ def test_a_link_is_what_ip_shows_of_it() -> None:
             7,
             "tun",
             up=True,
-            addresses=(ip_interface("10.1.0.2/24"), ip_interface("2001:db8::2/64"), ip_interface("10.64.0.2/32")),
+            addresses=tuple(map(ip_interface, ("10.1.0.2/24", "2001:db8::2/64", "10.64.0.2/32", "10.1.0.3/24"))),
             gateway4=None,
             gateway6=None,
             mtu=1500,
+            deprecated=frozenset({ip_address("10.1.0.3")}),
         ),
     )
 
@@ -93,7 +94,7 @@ def test_a_link_is_up_when_set_up_and_with_carrier(flags: list[str], state: str,
 def test_the_default_route_of_lowest_metric_counts_for_each_link() -> None:
     routes4 = [
         {"dst": "default", "gateway": "10.1.0.9", "dev": "wlan0", "metric": 600},
-        {"dst": "default", "gateway": "10.1.0.1", "dev": "wlan0", "metric": 100},
+        {"dst": "default", "gateway": "10.1.0.1", "dev": "wlan0", "prefsrc": "10.1.0.2", "metric": 100},
         {"dst": "default", "dev": "ppp0"},
         {"type": "unreachable", "dst": "default", "dev": "lo", "metric": 1},
         {"dst": "default", "via": {"family": "inet6", "host": "fe80::1"}, "dev": "wwan0", "metric": 7},
@@ -103,7 +104,7 @@ def test_the_default_route_of_lowest_metric_counts_for_each_link() -> None:
     names = ("wlan0", "ppp0", "wwan0", "lo")
     found = parse_links([link(ifname=name) for name in names], routes4, routes6)
     assert [each.gateway4 for each in found] == [
-        Gateway(IPv4Address("10.1.0.1"), 100),
+        Gateway(IPv4Address("10.1.0.1"), 100, IPv4Address("10.1.0.2")),
         Gateway(None, 0),
         Gateway(IPv6Address("fe80::1"), 7),
         None,
@@ -267,7 +268,9 @@ def test_links_addresses_routes_and_rules_of_both_families_wake_us(machine: Mach
 def test_a_snapshot_shows_the_machine_as_it_is(machine: Machine) -> None:
     machine.sh("ip link add wan type veth peer name far; ip link set wan up mtu 1400; ip link set far up")
     machine.sh("ip addr add 10.1.0.2/24 dev wan; ip -6 addr add 2001:db8::2/64 dev wan; ip tuntap add mpt0 mode tun")
-    machine.sh("ip route add default via 10.1.0.1 dev wan metric 50; ip -6 route add default dev wan metric 60")
+    machine.sh("ip addr add 10.1.0.3/24 dev wan; ip addr change 10.1.0.2/24 dev wan valid_lft 600 preferred_lft 0")
+    machine.sh("ip route add default via 10.1.0.1 dev wan src 10.1.0.3 metric 50")
+    machine.sh("ip -6 route add default dev wan metric 60")
     machine.sh("ip route add 0.0.0.0/1 via 10.1.0.1; ip route add default via 10.1.0.9 dev wan table 7")
     code = (
         "import json, dataclasses; from mptunnel.netlink import snapshot\n"
@@ -282,10 +285,11 @@ def test_a_snapshot_shows_the_machine_as_it_is(machine: Machine) -> None:
     assert wan == {
         "kind": "veth",
         "up": True,
-        "addresses": ["10.1.0.2/24", "2001:db8::2/64"],
-        "gateway4": {"via": "10.1.0.1", "metric": 50},
-        "gateway6": {"via": None, "metric": 60},
+        "addresses": ["10.1.0.3/24", "2001:db8::2/64", "10.1.0.2/24"],
+        "gateway4": {"via": "10.1.0.1", "metric": 50, "source": "10.1.0.3"},
+        "gateway6": {"via": None, "metric": 60, "source": None},
         "mtu": 1400,
+        "deprecated": "frozenset({IPv4Address('10.1.0.2')})",
     }
     assert (found["mpt0"]["kind"], found["mpt0"]["up"]) == ("tun", False)
 

@@ -21,10 +21,12 @@ NO_GATEWAY: tuple[None, None] = (None, None)
 
 def link(
     name: str, *addresses: str, index: int = 2, up: bool = True, kind: str = "",
-    gateways: tuple[str | None, str | None] = ("192.0.2.254", None),
+    gateways: tuple[str | None, str | None] = ("192.0.2.254", None), source: str = "", deprecated: tuple[str, ...] = (),
 ) -> Link:  # fmt: skip
-    via4, via6 = (None if via is None else Gateway(ip(via) if via else None, 100) for via in gateways)
-    return Link(name, index, kind, up, tuple(map(ipaddress.ip_interface, addresses)), via4, via6, 1500)
+    src = ip(source) if source else None
+    via4, via6 = (None if via is None else Gateway(ip(via) if via else None, 100, src) for via in gateways)
+    own = tuple(map(ipaddress.ip_interface, addresses))
+    return Link(name, index, kind, up, own, via4, via6, 1500, frozenset(map(ip, deprecated)))
 
 
 def find(
@@ -43,6 +45,80 @@ def way(found: dict[int, Way | None], number: int = 0) -> Way:
 def test_a_name_is_that_interface_with_its_first_address_and_its_gateway() -> None:
     found = find(Uplinks(["wan1"]), link("wan0", "192.0.2.9/24"), link("wan1", "192.0.2.2/24", "192.0.2.3/24", index=7))
     assert way(found) == Way("wan1", 7, ip("192.0.2.2"), V4, ip("192.0.2.254"))
+
+
+def wan(*addresses: str, deprecated: tuple[str, ...] = (), gateway: str = "", source: str = "") -> Link:
+    """An uplink with a default route. Of IPv6 addresses the kernel shows the newest first."""
+    gateways = (gateway, None) if "." in addresses[0] else (None, "fe80::1")
+    return link("wan", *addresses, gateways=gateways, source=source, deprecated=deprecated)
+
+
+def source_of(uplinks: Uplinks, shown: Link, server6: IPv4Address | IPv6Address = V6) -> str:
+    one = uplinks.find([shown], {4: V4, 6: server6}, "mpt0", {})[0]
+    return str(one.address) if one is not None else ""
+
+
+MANAGEMENT, CGNAT, CGNAT_GATEWAY = "192.168.100.2/24", "100.70.1.2/10", "100.64.0.1"
+
+
+def test_the_address_is_the_default_routes_or_of_the_gateways_subnet_not_the_modems() -> None:
+    assert source_of(Uplinks(["wan"]), wan(MANAGEMENT, CGNAT, gateway=CGNAT_GATEWAY)) == "100.70.1.2"
+    assert source_of(Uplinks(["wan"]), wan("10.0.0.1/32", "10.0.0.2/32", source="10.0.0.2")) == "10.0.0.2"
+    both = wan(MANAGEMENT, CGNAT, "100.70.1.3/10", gateway=CGNAT_GATEWAY, source="100.70.1.3")
+    assert source_of(Uplinks(["wan"]), both) == "100.70.1.3"
+    assert source_of(Uplinks(["192.168.100.2"]), both) == "192.168.100.2"
+
+
+def test_to_a_server_on_the_link_the_address_is_of_its_subnet() -> None:
+    lan = wan("10.0.0.2/24", "198.51.100.77/24", gateway="10.0.0.1", source="10.0.0.2")
+    assert source_of(Uplinks(["wan"]), lan) == "198.51.100.77"
+
+
+def test_a_path_that_began_with_the_modems_address_gets_the_leased_one() -> None:
+    uplinks = Uplinks(["wan"])
+    assert source_of(uplinks, link("wan", MANAGEMENT, gateways=NO_GATEWAY)) == "192.168.100.2"
+    assert source_of(uplinks, wan(MANAGEMENT, CGNAT, gateway=CGNAT_GATEWAY)) == "100.70.1.2"
+    assert source_of(uplinks, link("wan", MANAGEMENT, CGNAT, gateways=NO_GATEWAY)) == "100.70.1.2"
+
+
+def test_a_unique_local_address_is_for_a_server_with_one() -> None:
+    both = wan("fd00:1::2/64", "2001:db8:1::2/64")
+    assert source_of(Uplinks(["wan"]), both) == "2001:db8:1::2"
+    assert source_of(Uplinks(["wan"]), wan("2001:db8:1::2/64", "fd00:1::2/64"), ip("fd00:9::1")) == "fd00:1::2"
+    assert source_of(Uplinks(["wan"]), wan("fd00:1::2/64")) == "fd00:1::2"
+    retired = wan("fd00:1::2/64", "2001:db8:1::2/64", deprecated=("2001:db8:1::2",))
+    assert source_of(Uplinks(["wan"]), retired) == "2001:db8:1::2"
+
+
+def test_a_path_keeps_its_address_when_another_comes_and_when_it_is_deprecated_until_it_goes() -> None:
+    uplinks, old, new = Uplinks(["wan"]), "2001:db8:1::a/64", "2001:db8:1::b/64"
+    assert source_of(uplinks, wan(old)) == "2001:db8:1::a"
+    assert source_of(uplinks, wan(new, old)) == "2001:db8:1::a"
+    assert source_of(uplinks, wan(new, old, deprecated=("2001:db8:1::a",))) == "2001:db8:1::a"
+    assert source_of(uplinks, wan(new)) == "2001:db8:1::b"
+    assert source_of(uplinks, wan(new, old)) == "2001:db8:1::b"
+
+
+def test_an_address_that_comes_back_is_not_the_present_one() -> None:
+    uplinks, old, new = Uplinks(["wan"]), "2001:db8:1::a/64", "2001:db8:1::b/64"
+    assert source_of(uplinks, wan(old)) == "2001:db8:1::a"
+    assert source_of(uplinks, link("wan", old, up=False)) == ""
+    assert source_of(uplinks, wan(new, old)) == "2001:db8:1::b"
+
+
+def test_a_deprecated_address_is_the_last_choice_and_one() -> None:
+    old, new = "192.0.2.2/24", "192.0.2.3/24"
+    assert source_of(Uplinks(["wan"]), wan(old, new, deprecated=("192.0.2.2",))) == "192.0.2.3"
+    assert source_of(Uplinks(["wan"]), wan(old, deprecated=("192.0.2.2",))) == "192.0.2.2"
+    lease = wan(MANAGEMENT, "192.0.2.2/24", gateway="192.0.2.254", deprecated=("192.0.2.2",))
+    assert source_of(Uplinks(["wan"]), lease) == "192.0.2.2"
+
+
+def test_a_path_leaves_the_address_of_a_prefix_that_the_router_has_withdrawn() -> None:
+    uplinks, old, new = Uplinks(["wan"]), "2001:db8:1::a/64", "2001:db8:2::a/64"
+    assert source_of(uplinks, wan(old)) == "2001:db8:1::a"
+    assert source_of(uplinks, wan(old, deprecated=("2001:db8:1::a",))) == "2001:db8:1::a"
+    assert source_of(uplinks, wan(new, old, deprecated=("2001:db8:1::a",))) == "2001:db8:2::a"
 
 
 def test_an_interface_that_is_down_missing_or_without_address_is_no_way() -> None:
