@@ -60,6 +60,8 @@ def path_values(number: int, way: Way) -> dict[str, Any]:
         "gateway": way.gateway,
         "server": way.server,
         "shared": way.is_shared,
+        "carrier": way.carrier,
+        "carrier_gateway": way.carrier_gateway,
     }
 
 

@@ -120,7 +120,12 @@ class Upkeep:
         rule = Rule(way.address.version, table, str(way.address), str(way.server), str(table))
         gateway = "" if way.gateway is None else str(way.gateway)
         route = Route(way.address.version, str(table), EVERYTHING[way.address.version], way.interface, gateway)
-        self._asked(number, f"path {way.interface}", frozenset((rule, route)))
+        wanted: set[Expected] = {rule, route}
+        if way.carrier is not None:
+            wanted.add(Rule(6, table, "all", "all", str(table), f"iif {way.interface}"))
+            gateway = "" if way.carrier_gateway is None else str(way.carrier_gateway)
+            wanted.add(Route(6, str(table), EVERYTHING[6], way.carrier, gateway))
+        self._asked(number, f"path {way.interface}", frozenset(wanted))
 
     def path_gone(self, number: int) -> None:
         """A path has no rule and no table any more."""

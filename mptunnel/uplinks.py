@@ -4,7 +4,8 @@ A path is an interface, not an address. `-i NAME` is that interface. `-i ADDRESS
 address when it is first seen; from then on the path is that interface, whatever address of the family it has, ADDRESS
 preferred. If ADDRESS turns up elsewhere while the interface has none, the path moves there. Without `-i` every
 interface with a default route is a path, tunnels apart; it leaves when it loses that route, and comes back as the same
-path unless another has taken its number.
+path unless another has taken its number. The tun of a CLAT is an uplink (464XLAT, RFC 6877: IPv4 over a network of IPv6
+only), but not towards a server with an IPv6 address, which is reached by that network's own interface.
 
 Of several addresses that one is used which is likeliest to reach the server and to be reached (see `_source`); of equal
 ones the path keeps the one it has, also if that is deprecated: a working socket is not moved.
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     IPAddress = IPv4Address | IPv6Address
 
 TUNNELS: Final = frozenset({"tun", "wireguard", "ipip", "sit", "gre", "ip6tnl", "vti", "xfrm"})
+_CLAT: Final = ipaddress.IPv4Network("192.0.0.0/29")  # RFC 7335
 _ULA: Final = ipaddress.IPv6Network("fc00::/7")  # RFC 4193
 
 
@@ -41,6 +43,8 @@ class Way:
     server: IPAddress
     gateway: IPAddress | None
     is_shared: bool = False  # another interface has the same address
+    carrier: str | None = None  # of a CLAT: by which interface, and gateway, what it has translated to IPv6 leaves
+    carrier_gateway: IPAddress | None = None
 
 
 class Uplink:
@@ -100,7 +104,7 @@ class Uplinks:
         that has not worked there.
         """
         if self.is_open:
-            self._adopt(links, device)
+            self._adopt(links, device, takes_clat=servers.keys() == {4})
         found: dict[int, Way | None] = {}
         for number, uplink in self.by_id.items():
             link = self._link_of(uplink, links)
@@ -119,12 +123,12 @@ class Uplinks:
         hint = f"; did you mean {close}?" if close else "; see 'ip -brief address'."
         return f"-i {uplink.name} is not there{hint} It is taken up when it appears"
 
-    def _adopt(self, links: Iterable[Link], device: str) -> None:
+    def _adopt(self, links: Iterable[Link], device: str, *, takes_clat: bool) -> None:
         wanted = [
             link.name
             for link in links
             if link.name != device
-            and link.kind not in TUNNELS
+            and (link.kind not in TUNNELS or (takes_clat and _is_clat(link)))
             and not link.name.startswith("mpt")
             and (link.gateway4 is not None or link.gateway6 is not None)
         ]
@@ -179,7 +183,8 @@ def _way(
         via = None if gateway is None or is_on_link else gateway.via
         address = _source(uplink, link, own, server, None if is_on_link else gateway)
         shared = any(_holds(other, address) for other in links if other.name != link.name)
-        way = Way(link.name, link.index, address, server, via, shared)
+        carrier, carrier_via = _carrier(links) if version == 4 and _is_clat(link) else (None, None)
+        way = Way(link.name, link.index, address, server, via, shared, carrier, carrier_via)
         candidates.append((_rank(gateway, is_on_link=is_on_link), way))
     return min(candidates, key=lambda pair: pair[0])[1] if candidates else None
 
@@ -218,6 +223,17 @@ def _source(
         )
 
     return min(own, key=demerits).ip
+
+
+def _is_clat(link: Link) -> bool:
+    return link.kind == "tun" and any(address.ip in _CLAT for address in link.addresses)
+
+
+def _carrier(links: Iterable[Link]) -> tuple[str | None, IPAddress | None]:
+    """Return interface and gateway of the host's own IPv6 default route, as far as there are any."""
+    routes = [(link.gateway6, link.name) for link in links if link.gateway6 is not None]
+    gateway, name = min(routes, key=lambda route: route[0].metric, default=(None, None))
+    return name, None if gateway is None else gateway.via
 
 
 def _holds(link: Link, address: IPAddress | None) -> bool:

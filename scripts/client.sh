@@ -27,6 +27,7 @@
 # MPT_PATH       number of the path, 0 to 7                                                    path-up path-down
 # MPT_INTERFACE  MPT_ADDRESS  MPT_GATEWAY (may be empty)  MPT_SERVER: the path's way out       path-up
 # MPT_SHARED     1: another interface has the same address, so replies may come by either      path-up, optional
+# MPT_CARRIER  MPT_CARRIER_GATEWAY (may be empty): the way out of what a CLAT makes IPv6 of    path-up, optional
 #
 # Ours are: rules with table = priority = MPT_TABLE + 0 to 8, those tables, nft table inet mptunnel_DEVICE, and
 # whatever hangs on the device.  If the program is killed, the device goes and all routes by it.  Rules, their
@@ -400,7 +401,13 @@ path_up() {
     [ "$family${MPT_SHARED:-0}" != -41 ] || alone loosen || exit 1
     [ "$family" != -4 ] || stand_behind
     settle "$family" "$table" "priority $table from $MPT_ADDRESS to $MPT_SERVER lookup $table"
-    settle "$other" "$table" ''
+    translated=''
+    if [ -n "${MPT_CARRIER:-}" ]; then           # what the CLAT makes of our datagrams would enter the tunnel
+        hop=${MPT_CARRIER_GATEWAY:+via $MPT_CARRIER_GATEWAY onlink}
+        batch "$other" "route replace default $hop dev $MPT_CARRIER table $table proto kernel"
+        translated="priority $table from all iif $MPT_INTERFACE lookup $table"
+    fi
+    settle "$other" "$table" "$translated"
 }
 
 stand_behind() {    # nft's fib sees an IPv4 address at one interface only, that of its first local route: not ours here
@@ -441,6 +448,7 @@ our_rules() {       # FAMILY LOW HIGH: $found: those with such a priority and th
     while read -r priority rule; do
         priority=${priority%:}
         case "$rule " in *" lookup $priority "*) ;; *) continue ;; esac
+        case $rule in *' [detached] '*) rule="${rule%% \[*}${rule#*\]}" ;; esac  # its interface is gone
         if [ "$priority" -ge "$2" ] && [ "$priority" -le "$3" ]; then
             found="$found${found:+$newline}priority $priority ${rule%% proto *}"
         fi

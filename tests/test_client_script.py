@@ -251,6 +251,36 @@ def test_both_paths_work_under_a_strict_rp_filter_with_everything_routed_into_th
     assert ask("lte", "10.2.0.77") == "hello"
 
 
+def test_what_a_clat_has_translated_leaves_past_the_tunnel(two: tuple[Setup, Machine]) -> None:
+    setup, server = two
+    client = setup.machine
+    client.sh("ip addr flush dev wifi; ip addr add fe80::2/64 dev wifi; ip addr add 2001:db8:1::2/64 dev wifi")
+    client.sh("ip -6 route add default via fe80::1 dev wifi; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding")
+    server.sh("ip addr add fe80::1/64 dev wifi-far; ip addr add 64:ff9b::c633:6401/128 dev lo")
+    server.sh("ip -6 route add 2001:db8:1::/64 via fe80::2 dev wifi-far")
+    before = client.look()
+    tunnel, clat = client.tun(), client.tun("clat")
+    client.sh("ip addr add 192.0.0.1/32 dev clat; ip link set clat up; ip -6 route add 2001:db8:1::c/128 dev clat")
+    setup.do("client", "up", {**CLIENT, "MPT_KEEP": "", "MPT_DNS": ""})
+    server.echo(5000)
+    values = {**PATH, "MPT_INTERFACE": "clat", "MPT_ADDRESS": "192.0.0.1", "MPT_GATEWAY": "", "MPT_SHARED": "0"}
+    setup.do("client", "path-up", values)
+    clat.send(udp("2001:db8:1::c", "64:ff9b::c633:6401", 7, 5000, b"round"))
+    assert tunnel.saw(b"round"), "nothing is shown"
+    for _ in "once", "again":
+        setup.do("client", "path-up", {**values, "MPT_CARRIER": "wifi", "MPT_CARRIER_GATEWAY": "fe80::1"})
+    assert client.sh("ip -6 rule").count("iif clat lookup 5201") == 1
+    clat.send(udp("2001:db8:1::c", "64:ff9b::c633:6401", 8, 5000, b"straight"))
+    answer = clat.saw(b"straight")
+    assert answer is not None
+    assert target_of(answer) == "2001:db8:1::c"
+    tunnel.end()
+    clat.end()  # its rule is a detached one now
+    setup.do("client", "path-down", {"MPT_PATH": "1"})
+    setup.do("client", "down")
+    assert client.look() == before
+
+
 def test_two_uplinks_with_one_address_both_hear_their_replies(two: tuple[Setup, Machine]) -> None:
     setup, server = two
     client = setup.machine

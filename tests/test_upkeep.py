@@ -86,6 +86,27 @@ def test_a_path_is_a_rule_and_a_route_by_its_gateway() -> None:
         assert upkeep.due(1.0) == [1]
 
 
+def test_a_path_by_a_clat_has_a_rule_for_what_that_makes_too() -> None:
+    rules = [
+        {"priority": 5201, "src": "192.0.0.1", "dst": "198.51.100.1", "table": "5201"},
+        {"priority": 5201, "src": "all", "iif": "clat", "table": "5201"},
+    ]
+    routes = [
+        {"dst": "default", "dev": "clat", "table": "5201"},
+        {"dst": "default", "gateway": "fe80::1", "dev": "wwan0", "table": "5201"},
+    ]
+    whole = parse_picture({4: rules[:1], 6: rules[1:]}, {4: routes[:1], 6: routes[1:]})
+    way = Way(
+        "clat", 3, ip_address("192.0.0.1"), WAY.server, None, carrier="wwan0", carrier_gateway=ip_address("fe80::1")
+    )
+    for missing in (None, *whole.rules, *whole.routes):
+        upkeep = Upkeep("mpt0")
+        upkeep.path_asked(1, way)
+        upkeep.script_done(1)
+        upkeep.looked((), Picture(whole.rules - {missing}, whole.routes - {missing}))
+        assert upkeep.due(1.0) == ([] if missing is None else [1])
+
+
 def test_nothing_is_missed_while_its_script_runs_nor_before_somebody_has_looked_after_that() -> None:
     upkeep = Upkeep("mpt0")
     upkeep.path_asked(1, WAY)

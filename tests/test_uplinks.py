@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mptunnel.config import Gateway, Link
 from mptunnel.errors import ConfigError
+from mptunnel.host import environment
+from mptunnel.plan import path_values
 from mptunnel.uplinks import Uplinks, Way
 
 if TYPE_CHECKING:
@@ -189,6 +192,27 @@ def test_without_i_every_uplink_with_a_default_route_is_a_path_tunnels_apart() -
         link("wwan0", "192.0.2.99/32", gateways=("", None), index=8),
     ]
     assert {each.interface for each in find(uplinks, *links).values() if each} == {"eth0", "wwan0"}
+
+
+CLAT = link("clat", "192.0.0.1/32", kind="tun", gateways=("", None), index=3)
+WWAN = link("wwan0", "2001:db8:1::2/64", gateways=(None, "fe80::1"))
+
+
+def test_the_tun_of_a_clat_is_an_uplink_to_a_server_without_ipv6() -> None:
+    ways = [each for each in find(Uplinks([]), WWAN, CLAT).values() if each is not None]
+    assert ways == [Way("clat", 3, ip("192.0.0.1"), V4, None, carrier="wwan0", carrier_gateway=ip("fe80::1"))]
+    told = environment("path-up", path_values(0, ways[0]))
+    assert (told["MPT_CARRIER"], told["MPT_CARRIER_GATEWAY"]) == ("wwan0", "fe80::1")
+    uplinks = Uplinks([])
+    find(uplinks, WWAN, CLAT)
+    assert {each.interface for each in find(uplinks, WWAN, CLAT, servers="46").values() if each} == {"wwan0"}
+    assert way(find(Uplinks(["clat"]), CLAT)).carrier is None
+
+
+def test_what_a_clat_has_translated_leaves_by_the_ipv6_default_route_of_lowest_metric() -> None:
+    wlan = replace(link("wlan0", "2001:db8:2::2/64"), gateway6=Gateway(None, 50))
+    assert way(find(Uplinks(["clat"]), WWAN, CLAT, wlan)).carrier == "wlan0"
+    assert way(find(Uplinks(["wan"]), WWAN, link("wan", "192.0.2.2/24"))).carrier is None
 
 
 def test_uplinks_found_keep_their_numbers_and_join_and_leave() -> None:
