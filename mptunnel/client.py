@@ -158,7 +158,7 @@ class Client(Role):
         self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
         self._holders: dict[int, ClientPath] = {}  # that are counted under each number, or were last
         self._mend_at = INF
-        self._opened_at: dict[int, float] = {}
+        self._opened_at: dict[int, float] = {}  # of the paths that were opened since the host has given or moved them
         self.paths: dict[int, ClientPath] = {}
         self._desk = PathDesk(
             book or PathBook(), f"client/paths/{membership.record.file_name}", self._uplinks, self.paths
@@ -231,6 +231,8 @@ class Client(Role):
             self._events.append(ClosePath(number))
             return
         path.port = port
+        if number not in self._opened_at and self._state != "up":
+            self._servers.path_opened(now)
         self._opened_at[number] = now
         self._failures.pop(number, None)
         self._peer.path_opened(path, now, self.out)
@@ -430,6 +432,8 @@ class Client(Role):
         if before == way and not is_broken:
             return
         self._reopen_at.pop(path.id, None)
+        if before is not None and before.address.version == way.address.version and before.address != way.address:
+            self._opened_at.pop(path.id, None)
         self._ways[path.id] = way
         path.interface, path.address = way.interface, way.address
         if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
@@ -462,6 +466,7 @@ class Client(Role):
     def _close_path(self, path: ClientPath, now: float, what: str = "waits") -> None:
         self._reopen_at.pop(path.id, None)
         self._failures.pop(path.id, None)
+        self._opened_at.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
@@ -516,13 +521,15 @@ class Client(Role):
         What we have changed of the host's name servers is taken back until the answer is there, and the question does
         not go into the tunnel.
         """
+        if self._outside is not None:
+            self._servers.still_asking(now)
+            return
         self._servers.asked_outside(now)
-        if self._outside is None:
-            self._outside = Resolve(self._settings.server, self._settings.port)
-            if self._tunnel is not None:
-                self._ask_names(inside=False)
-            else:
-                self._events.append(self._outside)
+        self._outside = Resolve(self._settings.server, self._settings.port)
+        if self._tunnel is not None:
+            self._ask_names(inside=False)
+        else:
+            self._events.append(self._outside)
 
     def _ask_names(self, *, inside: bool) -> None:
         """Let the script have names asked through the tunnel, or as they were before there was one."""

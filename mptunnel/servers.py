@@ -2,8 +2,9 @@
 
 All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
 tunnel, and every 2 s while no address is known. While nothing answers it is looked up outside the tunnel after 30 s,
-after 60 s more and so on, up to every hour: the server may have moved. What a later answer does not name any more stays
-only if it is in use.
+after 60 s more and so on, up to every 5 minutes: the server may have moved. When a path has opened meanwhile, whose
+network may know more, that begins anew after 5 s. What a later answer does not name any more stays only if it is in
+use.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 RESOLVE_EVERY: Final = 3600.0
 RESOLVE_AGAIN: Final = 2.0  # while no address is known
 OUTSIDE_AFTER: Final = 30.0  # s without an answer
+OUTSIDE_SOON: Final = 5.0  # s after a path has opened
+OUTSIDE_EVERY: Final = 300.0  # at the least
 
 
 class Servers:
@@ -56,10 +59,20 @@ class Servers:
         """The server is where we think it is."""
         self.outside_at = INF
 
+    def path_opened(self, now: float) -> None:
+        """Nothing answers, and there is another path than before."""
+        if not self._is_literal:
+            self._pause = OUTSIDE_AFTER
+            self.outside_at = min(self.outside_at, now + OUTSIDE_SOON)
+
     def asked_outside(self, now: float) -> None:
         """The name is looked up outside the tunnel now; for the next time there is twice as long."""
-        self._pause = min(2 * self._pause, RESOLVE_EVERY)
+        self._pause = min(2 * self._pause, OUTSIDE_EVERY)
         self.outside_at = now + self._pause
+
+    def still_asking(self, now: float) -> None:
+        """It is time to look it up outside the tunnel, but what was asked last time has not been answered."""
+        self.outside_at = now + OUTSIDE_SOON
 
     def in_use(self) -> dict[int, IPAddress]:
         """Return the address in use of each IP version: the first that is known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, ip_address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -521,23 +521,66 @@ def test_a_name_that_does_not_resolve_at_start_is_asked_again_every_2_s() -> Non
     assert [event.server[0] for event in settled(client, 1002.1) if isinstance(event, OpenPath)] == [SERVER_ADDRESS]
 
 
-def test_a_server_that_is_silent_is_looked_up_ever_more_rarely_for_it_may_have_moved() -> None:
-    client = client_of("wan1")
-    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
-    opened: list[OpenPath] = []
+def lived(client: Client, now: float, until: float, *named: str) -> tuple[list[float], list[OpenPath]]:
+    """Let time pass; return when the server's name was looked up, which gave what is `named`, and what was opened."""
+    answer = tuple(map(ip_address, named)) or (SERVER_ADDRESS,)
     asked: list[float] = []
-    now = 1000.0
-    while now < 1000.0 + 3000.0:
+    opened: list[OpenPath] = []
+    while now < until:
         for event in settled(client, now):
             if isinstance(event, Resolve):
                 asked.append(now)
-                client.job_done(event, (SERVER_ADDRESS,), now)
+                client.job_done(event, answer, now)
             elif isinstance(event, OpenPath):
                 opened.append(event)
         now = client.next_deadline()
-        client.handle_timeout(now)
-    assert asked == [1030.0, 1090.0, 1210.0, 1450.0, 1930.0, 2890.0]
+        if now < until:
+            client.handle_timeout(now)
+    return asked, opened
+
+
+def test_a_server_that_is_silent_is_looked_up_ever_more_rarely_for_it_may_have_moved() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    asked, opened = lived(client, 1000.0, 2200.0)
+    assert asked == [1005.0, 1065.0, 1185.0, 1425.0, 1725.0, 2025.0]
     assert len(opened) == 1
+
+
+def test_a_server_that_moved_while_the_client_was_offline_is_found_in_the_first_seconds_on_line() -> None:
+    client = client_of("wan1")
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    lived(client, 1000.0, 1100.0)
+    client.links_changed([], 1100.0)
+    asked, _ = lived(client, 1100.0, 10000.0)
+    assert max(later - earlier for earlier, later in pairwise(asked)) == pytest.approx(300.0)
+    client.links_changed([link("wan1", "192.168.7.2/24")], 10000.0)
+    asked, opened = lived(client, 10000.0, 10100.0, "198.51.100.77")
+    assert asked[:2] == [10005.0, 10065.0]
+    assert str(opened[1].server[0]) == "198.51.100.77"
+
+
+def test_only_a_path_that_the_host_has_given_or_moved_is_a_reason_to_look_the_server_up_sooner() -> None:
+    client = client_of("wan1", servers=("198.51.100.1", "198.51.100.2"))
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
+    asked, opened = lived(client, 1000.0, 1100.0, "198.51.100.1", "198.51.100.2")
+    assert len(opened) == 4  # the addresses in turn
+    assert asked == [1005.0, 1065.0]
+    client.links_changed([link("wan1", "192.168.7.2/24")], 1100.0)
+    asked, _ = lived(client, 1100.0, 1110.0)
+    assert asked == [1105.0]
+
+
+def test_a_lookup_that_was_begun_offline_and_hangs_is_followed_by_another_one_as_soon_as_it_has_failed() -> None:
+    client = client_of("wan1")
+    client.links_changed([], 1000.0)
+    client.handle_timeout(1030.0)
+    (hanging,) = [event for event in client.events() if isinstance(event, Resolve)]
+    client.links_changed([link("wan1", "192.168.0.2/24")], 1031.0)
+    assert lived(client, 1031.0, 1048.0)[0] == []
+    client.job_done(hanging, OSError("timed out"), 1048.0)
+    (at,) = lived(client, 1048.0, 1060.0)[0]
+    assert at <= 1053.0
 
 
 @pytest.mark.interpreted
