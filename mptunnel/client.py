@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel import noise
@@ -144,7 +145,7 @@ class Client(Role):
         )
         self._settings = settings
         self._membership = membership
-        self._servers = Servers(settings.server, servers, now)
+        self._servers = Servers(settings.server, servers, now, map(ip_address, membership.record.addresses))
         self._kept = tuple(kept)
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
@@ -502,18 +503,28 @@ class Client(Role):
     # -- the server's addresses ------------------------------------------------------------------------
 
     def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
-        in_use = set(self._servers.in_use().values())
-        new = self._servers.resolved(addresses)
-        if not new:
-            return
-        log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
-        record = self._membership.record
-        record.addresses = tuple(map(str, self._servers.known))
-        self._save_record(record)
-        if not in_use:
+        servers = self._servers
+        known, in_use = set(servers.known), servers.in_use()
+        new = servers.resolved(addresses, now, is_up=self._state == "up")
+        if new:
+            log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
+        if set(servers.known) != known:
+            self._keep_addresses()
+        if servers.in_use() != in_use:
             self._arrange(now)
-        elif not (in_use & set(addresses)) and self._state != "up":
-            self._next_server(now)
+
+    def _note_proofs(self) -> None:
+        """What has come by a path has come from the address of the server that the path leads to."""
+        heard = [self._ways[path.id].server for path in self.paths.values() if path.is_open and path.was_heard]
+        is_news = [self._servers.proved(server) for server in heard]
+        if any(is_news) and self._membership.record.said_hello:  # else HELLO will see to it
+            self._keep_addresses()
+
+    def _keep_addresses(self) -> None:
+        record, addresses = self._membership.record, tuple(map(str, self._servers.to_keep()))
+        if record.addresses != addresses:
+            record.addresses = addresses
+            self._save_record(record)
 
     def _ask_outside(self, now: float) -> None:
         """Nothing answers, and the server may have moved: ask for its name those who were asked before the tunnel was.
@@ -628,6 +639,7 @@ class Client(Role):
     # -- what the server says --------------------------------------------------------------------------
 
     def _after(self, peer: Peer, now: float) -> None:
+        self._note_proofs()
         news, self._peer.news = self._peer.news, []
         for item in news:
             match item:
@@ -647,8 +659,8 @@ class Client(Role):
             self._review_state(now)
 
     def _said_hello(self) -> None:
-        record, addresses = self._membership.record, tuple(map(str, self._servers.known))
-        if not record.said_hello or set(record.addresses) != set(addresses):
+        record, addresses = self._membership.record, tuple(map(str, self._servers.to_keep()))
+        if not record.said_hello or record.addresses != addresses:
             record.said_hello, record.addresses = True, addresses
             self._save_record(record)
 

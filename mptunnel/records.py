@@ -179,7 +179,7 @@ class ServerRecord:
     public_key: bytes
     psk: bytes = field(repr=False)
     spellings: tuple[str, ...] = ()  # every `-c` it was reached by: "host:port", lower case
-    addresses: tuple[str, ...] = ()  # the last ones its name resolved to
+    addresses: tuple[str, ...] = ()  # that its name leads to, those that have answered first
     said_hello: bool = False
     joined: bool = False
     joined_by: str = ""  # the ident of the token, if it is known

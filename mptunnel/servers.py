@@ -3,8 +3,11 @@
 All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
 tunnel, and every 2 s while no address is known. While nothing answers it is looked up outside the tunnel after 30 s,
 after 60 s more and so on, up to every 5 minutes: the server may have moved. When a path has opened meanwhile, whose
-network may know more, that begins anew after 5 s. What a later answer does not name any more stays only if it is in
-use.
+network may know more, that begins anew after 5 s.
+
+Not every answer is true: a captive portal gives its own address to every name. So an address is proven only by what
+comes from it. What an answer names is tried when nothing answers, in turn with the proven address of each IP version,
+which stays, also on disk, until another one has proved itself. What else the last answer does not name is forgotten.
 """
 
 from __future__ import annotations
@@ -27,13 +30,19 @@ OUTSIDE_EVERY: Final = 300.0  # at the least
 
 
 class Servers:
-    """The addresses of one server, `known` in order. `name` is how the user calls it, perhaps one of them."""
+    """The addresses of one server, `known` in order. `name` is how the user calls it, perhaps one of them.
 
-    __slots__ = ("_is_literal", "_pause", "known", "outside_at", "resolve_at", "turned_at")
+    `named` is what the name leads to now, `kept` what an earlier run has kept (`to_keep`).
+    """
 
-    def __init__(self, name: str, known: Iterable[IPAddress], now: float) -> None:
+    __slots__ = ("_is_literal", "_named", "_pause", "_proven", "known", "outside_at", "resolve_at", "turned_at")
+
+    def __init__(self, name: str, named: Iterable[IPAddress], now: float, kept: Iterable[IPAddress] = ()) -> None:
         self._is_literal = _is_literal(name)
-        self.known = list(known)
+        self._named = list(named)
+        proven = [] if self._is_literal else list(kept)[:1]
+        self._proven = {address.version: address for address in proven}  # that which has answered last, by IP version
+        self.known = list(dict.fromkeys([*self._named, *proven]))
         self.turned_at = now  # when another address was tried last
         self.resolve_at = INF
         self.outside_at = INF  # when the name is to be looked up outside the tunnel
@@ -78,14 +87,40 @@ class Servers:
         """Return the address in use of each IP version: the first that is known."""
         return {address.version: address for address in reversed(self.known)}
 
-    def resolved(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
-        """The name has these addresses now; return those that were not known."""
-        named = list(addresses)
+    def to_keep(self) -> list[IPAddress]:
+        """Return what the next run is to know: those that are proven first."""
+        return self._proven_first(self.known)
+
+    def proved(self, address: IPAddress) -> bool:
+        """Something authentic has come from an address in use; return whether that is news."""
+        version = address.version
+        if self._proven.get(version) == address:
+            return False
+        self._proven[version] = address
+        self.known = [a for a in self.known if a.version != version or a == address or a in self._named]
+        return True
+
+    def resolved(self, addresses: Iterable[IPAddress], now: float, *, is_up: bool) -> list[IPAddress]:
+        """The name has these addresses now; return those that were not known.
+
+        Where nothing answers (not `is_up`) and no address in use is named any more, new ones come first.
+        """
+        named = list(dict.fromkeys(addresses))
+        if not named:
+            return []
+        in_use = set(self.in_use().values())
         new = [address for address in named if address not in self.known]
-        if new:
-            in_use = set(self.in_use().values())
-            self.known = [*(a for a in self.known if a in in_use or a in named), *new]
+        kept = {*named, *self._proven.values(), *(in_use if is_up else ())}
+        order = [*self.known, *new]
+        if new and not is_up and not in_use & set(named):
+            order = [*self._proven_first(named), *self.known]
+            self.turned_at = now
+        self._named = named
+        self.known = [address for address in dict.fromkeys(order) if address in kept]
         return new
+
+    def _proven_first(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
+        return sorted(addresses, key=lambda address: address not in self._proven.values())
 
     def turn(self, now: float) -> None:
         """Let the next address of each IP version be the one in use."""

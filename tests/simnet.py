@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Network
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from mptunnel.packet import Buffer
     from mptunnel.serverpeer import ServerPeer
     from mptunnel.session import Session
+
+    IPAddress = IPv4Address | IPv6Address
 
 SERVER_ADDRESS = IPv4Address("198.51.100.1")
 TUNNEL4 = IPv4Network("10.0.1.0/24")
@@ -147,6 +149,7 @@ class Simnet:
         stock_server: StockParty | None = None,
         server_starts: bool = True,
         settings: ClientSettings | None = None,
+        named: Sequence[IPAddress] = (SERVER_ADDRESS,),
     ) -> None:
         self.rng = random.Random(seed)
         self.now = start
@@ -163,7 +166,10 @@ class Simnet:
         self.scripts: list[tuple[str, str, dict[str, Any]]] = []
         self.stopped: list[Stop] = []
         self.notices: list[tuple[float, str, Notice]] = []  # when, of which side
+        self.named: tuple[IPAddress, ...] = tuple(named)  # what the server's name leads to
+        self.server_at = set(self.named)  # where the server is, in truth
         self.open: dict[int, int] = {}  # client's sockets: path -> local port
+        self.towards: dict[int, IPAddress] = {}  # and the address of the server that they are connected to
         self.at_client: list[tuple[float, bytes]] = []
         self.at_server: list[tuple[float, bytes]] = []
         self.log: list[tuple[float, str, int, bytes]] = []
@@ -219,7 +225,7 @@ class Simnet:
         """A client starts with what it knows of the server."""
         self.open.clear()
         self.client = Client(
-            self.settings, Membership(record, CLIENT_KEY, token, "sim"), [SERVER_ADDRESS],
+            self.settings, Membership(record, CLIENT_KEY, token, "sim"), self.named,
             reserved=self._reserved("client"), kept=(), entropy=self.entropy, rng=self.rng, now=self.now,
             wall=self.now + self.wall_offset + self.client_ahead,
         )  # fmt: skip
@@ -460,6 +466,7 @@ class Simnet:
             match event:
                 case OpenPath():
                     self.open[event.path] = event.port or 50000 + event.path
+                    self.towards[event.path] = event.server[0]
                     self.client.path_opened(event.path, self.open[event.path], self.now)
                 case ClosePath():
                     self.open.pop(event.path, None)
@@ -475,7 +482,7 @@ class Simnet:
                     self.scripts.append((side, event.verb, dict(event.values)))
                     role.job_done(event, None, self.now)
                 case Resolve() if role is not None:
-                    role.job_done(event, (SERVER_ADDRESS,), self.now)
+                    role.job_done(event, self.named, self.now)
 
     def _save(self, job: SaveState, failure: Exception | None) -> None:
         side, _, _ = job.name.partition("/")
@@ -503,7 +510,9 @@ class Simnet:
                 return
             datagram = changed
         loss, cut = (wire.loss_up, wire.cuts_up) if side == "up" else (wire.loss_down, wire.cuts_down)
-        if wire.is_cut or cut or self.down[number] or len(datagram) > wire.largest or self.rng.random() < loss:
+        is_misled = self.towards.get(number, SERVER_ADDRESS) not in self.server_at
+        is_dead = wire.is_cut or cut or self.down[number] or is_misled
+        if is_dead or len(datagram) > wire.largest or self.rng.random() < loss:
             wire.counts[f"lost_{side}"] += 1
             return
         waits = 0.0

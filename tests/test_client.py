@@ -583,6 +583,78 @@ def test_a_lookup_that_was_begun_offline_and_hangs_is_followed_by_another_one_as
     assert at <= 1053.0
 
 
+MOVED, PORTAL, OTHER_PORTAL = (IPv4Address(f"198.51.100.{n}") for n in (77, 200, 201))
+
+
+def kept_addresses(net: Simnet) -> list[str]:
+    (addresses,) = [document["addresses"] for name, document in net.saved.items() if name.startswith("client/servers/")]
+    return list(addresses)
+
+
+def in_use(net: Simnet) -> set[Any]:
+    return {way.server for way in net.client._ways.values()}
+
+
+def test_where_the_server_was_before_it_moved_is_forgotten_as_soon_as_it_answers_where_it_is() -> None:
+    net = Simnet()
+    net.run(5.0)
+    net.named, net.server_at = (MOVED,), {MOVED}
+    net.run(60.0)
+    assert net.client._state == "up"
+    assert net.client._servers.known == [MOVED]
+    assert kept_addresses(net) == [str(MOVED)]
+    net.server_at = set()
+    for _ in range(20):
+        net.run(10.0)
+        assert in_use(net) == {MOVED}
+
+
+def test_what_a_captive_portal_names_is_tried_but_the_server_stays_known_and_is_turned_back_to() -> None:
+    net = Simnet()
+    net.run(5.0)
+    net.server_at = set()
+    net.named = (PORTAL,)
+    net.run(40.0)
+    assert in_use(net) == {PORTAL}
+    assert kept_addresses(net) == [str(SERVER_ADDRESS), str(PORTAL)]
+    net.named = (OTHER_PORTAL,)
+    net.run(100.0)
+    assert kept_addresses(net) == [str(SERVER_ADDRESS), str(OTHER_PORTAL)]
+    net.server_at = {SERVER_ADDRESS}  # and still nobody names it
+    net.run(35.0)
+    assert net.client._state == "up"
+    assert in_use(net) == {SERVER_ADDRESS}
+    net.restart_client()
+    net.run(35.0)
+    assert net.client._state == "up"
+    assert in_use(net) == {SERVER_ADDRESS}
+
+
+def test_an_address_that_an_answer_takes_back_is_left_at_once_for_the_one_that_has_proved_itself() -> None:
+    net = Simnet()
+    net.run(5.0)
+    net.server_at = set()
+    net.named = (PORTAL,)
+    net.run(40.0)
+    assert in_use(net) == {PORTAL}
+    net.client.job_done(Resolve("sim.example", 5000), (), net.now)  # no answer
+    assert in_use(net) == {PORTAL}
+    net.client.job_done(Resolve("sim.example", 5000), (OTHER_PORTAL, SERVER_ADDRESS), net.now)
+    assert in_use(net) == {SERVER_ADDRESS}
+
+
+def test_an_answer_while_the_tunnel_is_up_moves_nothing() -> None:
+    net = Simnet()
+    net.run(5.0)
+    incarnation = net.client.paths[0].incarnation
+    net.client.job_done(Resolve("sim.example", 5000), (PORTAL,), net.now)
+    net.run(5.0)
+    assert net.client.paths[0].incarnation == incarnation
+    assert net.client._servers.known == [SERVER_ADDRESS, PORTAL]
+    net.client.job_done(Resolve("sim.example", 5000), (SERVER_ADDRESS,), net.now)
+    assert net.client._servers.known == [SERVER_ADDRESS]
+
+
 @pytest.mark.interpreted
 def test_names_are_asked_as_they_were_before_the_tunnel_while_a_silent_server_is_looked_up() -> None:
     net = Simnet(
