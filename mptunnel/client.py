@@ -505,13 +505,21 @@ class Client(Role):
     def _resolved(self, addresses: Sequence[IPAddress], now: float) -> None:
         servers = self._servers
         known, in_use = set(servers.known), servers.in_use()
-        new = servers.resolved(addresses, now, is_up=self._state == "up")
+        new = servers.resolved(addresses, now, self._versions_up(now))
         if new:
             log.info("%s has new addresses: %s", self._settings.server, ", ".join(map(str, new)))
         if set(servers.known) != known:
             self._keep_addresses()
         if servers.in_use() != in_use:
             self._arrange(now)
+
+    def _versions_up(self, now: float) -> set[int]:
+        """Return the IP versions by which something is known to be carried; both where paths cannot be asked."""
+        if self._state != "up":
+            return set()
+        if not self._peer.speaks:
+            return {4, 6}
+        return {path.address.version for path in self.paths.values() if path.address is not None and path.lives(now)}
 
     def _note_proofs(self) -> None:
         """What has come by a path has come from the address of the server that the path leads to."""

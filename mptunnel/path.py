@@ -648,6 +648,10 @@ class ClientPath(Path):
         """Whether it is known to carry from the server now, whatever it does the other way."""
         return self.is_up or self._has_shown(self.heard_at, now)
 
+    def lives(self, now: float) -> bool:
+        """Whether it is known to carry either way now."""
+        return self.carries_up(now) or self.carries_down(now)
+
     def _has_shown(self, sign_at: float, now: float) -> bool:
         """Whether a sign of life is about as new as the last probe that has had the time to bring one."""
         if not self.is_open or sign_at == -_INF:

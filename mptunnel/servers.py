@@ -7,7 +7,8 @@ network may know more, that begins anew after 5 s.
 
 Not every answer is true: a captive portal gives its own address to every name. So an address is proven only by what
 comes from it. What an answer names is tried when nothing answers, in turn with the proven address of each IP version,
-which stays, also on disk, until another one has proved itself. What else the last answer does not name is forgotten.
+which stays, also on disk, until another one has proved itself. What else the last answer does not name is forgotten. An
+IP version by which nothing answers is moved to what is named also while the other one keeps the tunnel up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from mptunnel.timers import INF
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     IPAddress = IPv4Address | IPv6Address
 
@@ -100,23 +101,26 @@ class Servers:
         self.known = [a for a in self.known if a.version != version or a == address or a in self._named]
         return True
 
-    def resolved(self, addresses: Iterable[IPAddress], now: float, *, is_up: bool) -> list[IPAddress]:
+    def resolved(self, addresses: Iterable[IPAddress], now: float, up: Collection[int]) -> list[IPAddress]:
         """The name has these addresses now; return those that were not known.
 
-        Where nothing answers (not `is_up`) and no address in use is named any more, new ones come first.
+        `up` are the IP versions by which something answers. Of any other version whose address in use is not named any
+        more, those that are named come first; while nothing answers at all, new ones only, since each has its turn.
         """
         named = list(dict.fromkeys(addresses))
         if not named:
             return []
-        in_use = set(self.in_use().values())
+        in_use = self.in_use()
         new = [address for address in named if address not in self.known]
-        kept = {*named, *self._proven.values(), *(in_use if is_up else ())}
-        order = [*self.known, *new]
-        if new and not is_up and not in_use & set(named):
-            order = [*self._proven_first(named), *self.known]
+        kept = {*named, *self._proven.values(), *(address for version, address in in_use.items() if version in up)}
+        moved = (
+            {a.version for a in (named if up else new)} - set(up) - {a.version for a in in_use.values() if a in named}
+        )
+        if moved:
             self.turned_at = now
+        first = [address for address in self._proven_first(named) if address.version in moved]
         self._named = named
-        self.known = [address for address in dict.fromkeys(order) if address in kept]
+        self.known = [address for address in dict.fromkeys([*first, *self.known, *new]) if address in kept]
         return new
 
     def _proven_first(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:

@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,6 +127,7 @@ class Wire:
     nat_port: int = 40000
     nat_host: str = ""
     address: str = ""  # the client's, on this wire
+    versions: tuple[int, ...] = (4,)  # IP versions that the client has addresses of there
     counts: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0, "lost_up": 0, "lost_down": 0})
 
 
@@ -244,9 +245,12 @@ class Simnet:
                 n + 2,
                 "",
                 not self.down[n],
-                (IPv4Interface(f"{wire.address}/24"),),
-                Gateway(IPv4Address(f"192.168.{n}.1"), 100 + n),
-                None,
+                tuple(
+                    IPv4Interface(f"{wire.address}/24") if version == 4 else IPv6Interface(f"2001:db8:{n}::2/64")
+                    for version in wire.versions
+                ),
+                Gateway(IPv4Address(f"192.168.{n}.1"), 100 + n) if 4 in wire.versions else None,
+                Gateway(IPv6Address("fe80::1"), 100 + n) if 6 in wire.versions else None,
                 1500,
             )
             for n, wire in enumerate(self.wires)

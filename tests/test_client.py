@@ -655,6 +655,32 @@ def test_an_answer_while_the_tunnel_is_up_moves_nothing() -> None:
     assert net.client._servers.known == [SERVER_ADDRESS]
 
 
+SERVER6, MOVED6 = IPv6Address("2001:db8:99::1"), IPv6Address("2001:db8:99::77")
+
+
+@pytest.mark.parametrize("is_known_before", [False, True])
+def test_an_ip_version_of_the_server_that_moves_is_followed_while_the_other_one_keeps_the_tunnel_up(
+    is_known_before: bool,
+) -> None:
+    net = Simnet(Wire(), Wire(versions=(6,)), named=(SERVER_ADDRESS, SERVER6))
+    net.run(5.0)
+    assert [path.is_up for path in net.client.paths.values()] == [True, True]
+    incarnation = net.client.paths[0].incarnation
+    net.named = (SERVER_ADDRESS, MOVED6)
+    if is_known_before:
+        net.client.job_done(Resolve("sim.example", 5000), net.named, net.now)
+        net.run(5.0)
+        assert in_use(net) == {SERVER_ADDRESS, SERVER6}  # it answers
+    net.server_at = {*net.named}
+    net.run(100.0)
+    assert not net.client.paths[1].is_up
+    assert net.client._state == "up"
+    net.run(3600.0)
+    assert in_use(net) == {SERVER_ADDRESS, MOVED6}
+    assert net.client.paths[1].is_up
+    assert net.client.paths[0].incarnation == incarnation
+
+
 @pytest.mark.interpreted
 def test_names_are_asked_as_they_were_before_the_tunnel_while_a_silent_server_is_looked_up() -> None:
     net = Simnet(
