@@ -4,6 +4,13 @@
 is new or different gets its rule and table by the script first, then a socket; its local port stays the same if the
 kernel allows. A path whose socket cannot be opened is tried again every second.
 
+**Mute paths.** A path that is open, carries neither way and has been so for 5 s is tried otherwise: by the other IP
+version where server and interface have both, else from another local port, since a NAT may hold a dead mapping that
+our own probes keep alive. Each time it stays so for twice as long, up to a minute, in idleness at least for the time
+between two probes; but only for 5 s by a version that is not the one it was heard by. It is down all the while, which
+is told once. Towards a server that is not known to take probes silence says nothing: there only a path that was never
+heard tries the other version, while the tunnel is not up.
+
 **Joining.** With a token and no record of the server, or one by another token, the client first talks to it as the
 token's holder, says ENROL on every path, saves what it is given, and only then starts as itself. Without any answer for
 15 s, or when refused, it goes on as the member that it was, or the run ends; without a token it never does.
@@ -44,7 +51,7 @@ from mptunnel.events import (
     SaveState,
     Stop,
 )
-from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello
+from mptunnel.messages import Address, Capability, Close, CloseReason, Enrol, Enrolled, EnrolResult, Hello, Use
 from mptunnel.packet import (
     IPV6_HEADER,
     MIN_MTU,
@@ -84,8 +91,9 @@ log = logging.getLogger(__name__)
 JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
-FAMILY_PATIENCE: Final = 5.0  # a path by name that was never heard tries the other IP version, at first after so long
+LEAST_PATIENCE: Final = 5.0  # s: a path that is mute is tried otherwise, at first after so long
 MOST_PATIENCE: Final = 60.0
+OTHER_VERSION: Final = {4: 6, 6: 4}
 YEAR: Final = 365.2425 * 86400  # s
 LONG_AGO: Final = 1735689600  # s since 1970, the beginning of 2025: a clock that shows less was never set
 WARN_AFTER: Final = 5.0  # a server that does not answer is worth a warning
@@ -111,6 +119,25 @@ class Membership:
     token: JoinToken | None = field(default=None, repr=False)
     name: str = "client"
     former: tuple[ServerRecord, ...] = ()  # that had the server's name before, which is another's once that is joined
+
+
+@dataclass(slots=True)
+class Trials:
+    """How often a path has been tried otherwise since it lived last."""
+
+    since: float  # when it lived last, or was tried otherwise
+    turns: int = 0
+    heard: int = 0  # the IP version by which it lived last; 0: it has not since the host gave it
+    is_down: bool = False  # which has been told
+
+    def patience(self, version: int, spacing: float) -> float:
+        """Return for how many seconds it may be mute by an IP version; `spacing` is between two probes."""
+        grown = min(LEAST_PATIENCE * 2.0 ** min(self.turns, 8), MOST_PATIENCE)
+        if not self.heard:
+            return grown
+        if version != self.heard:
+            return LEAST_PATIENCE
+        return max(grown, spacing) if self.turns else grown
 
 
 class Client(Role):
@@ -150,7 +177,8 @@ class Client(Role):
         self._uplinks = Uplinks(settings.interfaces)
         self._ways: dict[int, Way] = {}  # of the paths that are open or being opened
         self._avoid: dict[int, int] = {}  # by path, the IP version that has not worked there
-        self._turns: dict[int, int] = {}  # how often that has changed
+        self._trials: dict[int, Trials] = {}  # of the paths that were opened since the host has given or moved them
+        self._try_at = INF  # when the next one of them may have been mute for too long
         self._links: tuple[Link, ...] = ()
         self._upkeep = Upkeep(settings.device) if settings.uses_our_script else None
         self._reopen_at: dict[int, float] = {}
@@ -159,7 +187,6 @@ class Client(Role):
         self._former: dict[str, ClientPath] = {}  # uplinks that have left, by name
         self._holders: dict[int, ClientPath] = {}  # that are counted under each number, or were last
         self._mend_at = INF
-        self._opened_at: dict[int, float] = {}  # of the paths that were opened since the host has given or moved them
         self.paths: dict[int, ClientPath] = {}
         self._desk = PathDesk(
             book or PathBook(), f"client/paths/{membership.record.file_name}", self._uplinks, self.paths
@@ -232,11 +259,15 @@ class Client(Role):
             self._events.append(ClosePath(number))
             return
         path.port = port
-        if number not in self._opened_at and self._state != "up":
-            self._servers.path_opened(now)
-        self._opened_at[number] = now
-        self._failures.pop(number, None)
-        self._peer.path_opened(path, now, self.out)
+        trials = self._trials.get(number)
+        if trials is None:
+            trials = self._trials[number] = Trials(now)
+            if self._state != "up":
+                self._servers.path_opened(now)
+        if not trials.is_down:
+            self._failures.pop(number, None)
+        self._try_at = now
+        self._peer.path_opened(path, now, self.out, is_down=trials.is_down)
         self._after(self._peer, now)
 
     def path_failed(self, number: int, why: str, now: float) -> None:
@@ -244,7 +275,9 @@ class Client(Role):
         path = self.paths.get(number)
         if path is None:
             return
-        if path.closed(now) or self._failures.get(number) != why:
+        trials = self._trials.get(number)
+        is_news = path.closed(now) and (trials is None or not trials.is_down)
+        if is_news or self._failures.get(number) != why:
             self._failures[number] = why
             log.warning("path %s: %s; trying again every %.0f s", path.title, why, REOPEN_AFTER)
             self._peer.tell_path(path, now, why=why)
@@ -316,13 +349,15 @@ class Client(Role):
         if self._handshakes:
             return -INF
         due = self._peer.scheduled_at = self._peer.next_deadline()
-        due = min(due, self._join_until, self._servers.next_deadline(), self._mend_at, *self._reopen_at.values())
+        due = min(due, self._join_until, self._servers.next_deadline(), self._mend_at, self._try_at)
+        due = min(due, *self._reopen_at.values(), INF)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, self.ledger.due)
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due."""
+        self._try_mute_paths(now)  # first: a probe from the socket that is to go would be wasted
         if now >= self._peer.scheduled_at:
             self._peer.handle_timeout(now, self.out)
             self._peer.renew_short_way(now)
@@ -338,7 +373,6 @@ class Client(Role):
             self._ask_outside(now)
         if now >= self._mend_at:
             self._mend(now)
-        self._try_other_versions(now)
         self._review_state(now)
 
     def today_is(self, year: int, month: int, day: int, now: float) -> None:
@@ -384,7 +418,6 @@ class Client(Role):
             if path is not None and path.name != uplink.name:  # another uplink has taken its number
                 self._close_path(path, now)
                 self._avoid.pop(number, None)
-                self._turns.pop(number, None)
                 path = None
             if path is None:
                 path = self.paths[number] = self._new_path(number, uplink.name, now)
@@ -434,7 +467,7 @@ class Client(Role):
             return
         self._reopen_at.pop(path.id, None)
         if before is not None and before.address.version == way.address.version and before.address != way.address:
-            self._opened_at.pop(path.id, None)
+            self._trials.pop(path.id, None)
         self._ways[path.id] = way
         path.interface, path.address = way.interface, way.address
         if before is not None and (before.index, before.address, before.server) == (way.index, way.address, way.server):
@@ -442,10 +475,18 @@ class Client(Role):
                 self._route_path(path.id, way)  # another gateway
                 return
         elif path.is_open:
-            path.closed(now)
-            self._peer.look_again()
-            self._events.append(ClosePath(path.id))
+            self._close_socket(path, now)
         self._route_path(path.id, way)
+
+    def _close_socket(self, path: ClientPath, now: float) -> None:
+        """Another socket is to take the place of a path's."""
+        path.closed(now)
+        self._peer.look_again()
+        self._events.append(ClosePath(path.id))
+
+    def _open_socket(self, path: ClientPath, way: Way) -> None:
+        endpoint = (way.server, self._settings.port)
+        self._events.append(OpenPath(path.id, way.interface, way.address, endpoint, path.port))
 
     def _route_path(self, number: int, way: Way) -> None:
         """Let the script make a path's rule and table, or make them anew."""
@@ -467,7 +508,7 @@ class Client(Role):
     def _close_path(self, path: ClientPath, now: float, what: str = "waits") -> None:
         self._reopen_at.pop(path.id, None)
         self._failures.pop(path.id, None)
-        self._opened_at.pop(path.id, None)
+        self._trials.pop(path.id, None)
         if self._ways.pop(path.id, None) is None:
             return
         if path.is_open:
@@ -497,8 +538,7 @@ class Client(Role):
             return  # it has changed meanwhile; another job is on its way
         path = self.paths[way_number]
         if not path.is_open:
-            endpoint = (way.server, self._settings.port)
-            self._events.append(OpenPath(path.id, way.interface, way.address, endpoint, path.port))
+            self._open_socket(path, way)
 
     # -- the server's addresses ------------------------------------------------------------------------
 
@@ -586,24 +626,52 @@ class Client(Role):
         if len(self._servers.known) > 1 and now - max(self._servers.turned_at, self._state_at) > SILENT_AFTER:
             self._next_server(now)
 
-    def _try_other_versions(self, now: float) -> None:
-        """A path that was never heard may be mute by this IP version only; each time it is, wait twice as long.
-
-        Towards a stock server all paths are silent but one.
-        """
-        if self._state == "up" and not self._peer.speaks:
-            return
+    def _try_mute_paths(self, now: float) -> None:
+        """Let each path that has been mute for too long be tried otherwise; say when this is due again."""
+        self._try_at = INF
+        mute: list[ClientPath] = []
         for path in self.paths.values():
-            if not path.is_open or path.address is None:
+            way, trials = self._ways.get(path.id), self._trials.get(path.id)
+            if way is None or trials is None or not (path.is_open or path.id in self._reopen_at):
                 continue
-            if path.was_heard:
-                self._turns[path.id] = 0
+            if not self._peer.speaks and (self._state == "up" or path.was_heard):
                 continue
-            waited, turns = now - self._opened_at.get(path.id, now), self._turns.get(path.id, 0)
-            patience = min(FAMILY_PATIENCE * 2 ** min(turns, 8), MOST_PATIENCE)
-            if waited > patience and self._avoid.get(path.id) != path.address.version:
-                self._avoid[path.id], self._turns[path.id] = path.address.version, turns + 1
-                self._arrange(now)
+            version = way.address.version
+            if path.lives(now):
+                self._trials[path.id] = Trials(now, heard=version)
+                self._failures.pop(path.id, None)
+                continue
+            is_idle = self._state == "up" and not (self._peer.in_use(now) and path.use is Use.DATA)
+            patience = trials.patience(version, self._settings.idle_probe if is_idle else 0.0)
+            due_at = max(trials.since, path.heard_at) + patience
+            if due_at <= now:
+                mute.append(path)
+            else:
+                self._try_at = min(self._try_at, due_at)
+        if mute:
+            self._try_otherwise(mute, now)
+
+    def _try_otherwise(self, mute: Sequence[ClientPath], now: float) -> None:
+        """Reopen paths by the other IP version, those that have only one from another local port."""
+        before, speaks = self._ways.copy(), self._peer.speaks
+        for path in mute:
+            trials = self._trials[path.id]
+            trials.since, trials.turns = now, trials.turns + 1
+            trials.is_down = trials.is_down or (speaks and path.state is PathState.DOWN)
+            self._avoid[path.id] = before[path.id].address.version
+        self._arrange(now)
+        for path in mute:
+            way = self._ways.get(path.id)
+            if speaks:
+                path.port = 0  # any but the one it has
+            if way != before[path.id]:
+                log.debug("path %s mute: trying the other IP version", path.title)
+                continue
+            self._avoid[path.id] = OTHER_VERSION[way.address.version]  # should that come, it must not move what lives
+            if speaks and path.is_open:
+                log.debug("path %s mute: trying another local port", path.title)
+                self._close_socket(path, now)
+                self._open_socket(path, way)
 
     def _whole_state(self, now: float) -> str:
         peer = self._peer
@@ -661,6 +729,8 @@ class Client(Role):
                     self._closed(item)
                 case Notice():
                     self._events.append(item)
+                    if item.kind is NoticeKind.PATH_DOWN:
+                        self._try_at = now  # that is: say when
                 case int():
                     self._mtu_changed(item, now)
         if self._state != "up":

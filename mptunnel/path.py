@@ -375,8 +375,12 @@ class ClientPath(Path):
         self.loss_down.restart()
         self.cap.restart()
 
-    def opened(self, incarnation: int, now: float) -> None:
-        """A new socket: everything the server knows of the old one is void."""
+    def opened(self, incarnation: int, now: float, *, is_down: bool = False) -> None:
+        """A new socket: everything the server knows of the old one is void.
+
+        `is_down`: the path is tried by other means, and stays down and silent until it answers.
+        """
+        silent_since = self.silent_since
         self.incarnation = incarnation
         self.is_open = True
         self.carries = self.proof_tries = 0
@@ -386,7 +390,9 @@ class ClientPath(Path):
         self.way_out, self.way_down, self.waiting, self.cap = Delay(), Delay(), SendQueue(), Cap()
         self.room = None
         self._restart_counts(now)
-        self._enter(PathState.PROBING, now)
+        if is_down:
+            self.silent_since = silent_since
+        self._enter(PathState.DOWN if is_down else PathState.PROBING, now)
 
     def renew(self, incarnation: int, now: float) -> None:
         """The server has forgotten us: count anew, on the same socket, and by another clock of its."""

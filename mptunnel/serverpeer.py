@@ -148,14 +148,16 @@ class ServerPeer(Peer):
 
     # -- what the client tells -------------------------------------------------------------------------
 
-    def path_opened(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
-        """A path has a new socket: use it at once."""
-        path.opened(self._new_incarnation(), now)
+    def path_opened(self, path: ClientPath, now: float, out: list[Transmit], *, is_down: bool = False) -> None:
+        """A path has a new socket: use it at once. `is_down`: see `ClientPath.opened`."""
+        path.opened(self._new_incarnation(), now, is_down=is_down)
         self.look_again()
         has_session = self.current is not None and self.current.is_alive(now)
         if has_session:
             if self.speaks:
                 self._probe(path, now, out)
+            if is_down:
+                self._listen(now, out)  # if this is the way of all paths, the server may know us no longer
             self._flush(now, out)  # what waited while there was no path at all
             if self.takes_one_copy and path.id == self._single_path():
                 self._send_keepalive(now, out)  # shows where we are now

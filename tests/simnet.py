@@ -128,6 +128,9 @@ class Wire:
     nat_host: str = ""
     address: str = ""  # the client's, on this wire
     versions: tuple[int, ...] = (4,)  # IP versions that the client has addresses of there
+    mute: set[int] = field(default_factory=set)  # IP versions that nothing comes through by
+    refuses: set[int] = field(default_factory=set)  # IP versions that no socket can be opened by
+    dead_ports: set[int] = field(default_factory=set)  # the client's, that its NAT has a dead mapping for
     counts: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0, "lost_up": 0, "lost_down": 0})
 
 
@@ -170,6 +173,8 @@ class Simnet:
         self.named: tuple[IPAddress, ...] = tuple(named)  # what the server's name leads to
         self.server_at = set(self.named)  # where the server is, in truth
         self.open: dict[int, int] = {}  # client's sockets: path -> local port
+        self.opened: list[tuple[float, OpenPath]] = []  # when, all of them
+        self._ports: Counter[int] = Counter()  # by path, how often it had the choice
         self.towards: dict[int, IPAddress] = {}  # and the address of the server that they are connected to
         self.at_client: list[tuple[float, bytes]] = []
         self.at_server: list[tuple[float, bytes]] = []
@@ -225,6 +230,7 @@ class Simnet:
     def new_client(self, record: ServerRecord, token: JoinToken | None = None) -> Client:
         """A client starts with what it knows of the server."""
         self.open.clear()
+        self._ports.clear()
         self.client = Client(
             self.settings, Membership(record, CLIENT_KEY, token, "sim"), self.named,
             reserved=self._reserved("client"), kept=(), entropy=self.entropy, rng=self.rng, now=self.now,
@@ -432,7 +438,8 @@ class Simnet:
     def source(self, number: int) -> Endpoint:
         """The address from which the server sees a path."""
         wire = self.wires[number]
-        return Endpoint(f"::ffff:{wire.nat_host}", wire.nat_port, 0, b"")
+        port = self.open.get(number, 50000 + number) - 50000 - number
+        return Endpoint(f"::ffff:{wire.nat_host}", wire.nat_port + port, 0, b"")
 
     def _drain(self) -> None:
         while self._drain_client() | self._drain_server():
@@ -469,7 +476,12 @@ class Simnet:
         for event in events:
             match event:
                 case OpenPath():
-                    self.open[event.path] = event.port or 50000 + event.path
+                    if event.address.version in self.wires[event.path].refuses:
+                        self.client.path_failed(event.path, "ENETUNREACH", self.now)
+                        continue
+                    self.opened.append((self.now, event))
+                    self.open[event.path] = event.port or 50000 + event.path + 100 * self._ports[event.path]
+                    self._ports[event.path] += not event.port
                     self.towards[event.path] = event.server[0]
                     self.client.path_opened(event.path, self.open[event.path], self.now)
                 case ClosePath():
@@ -514,8 +526,9 @@ class Simnet:
                 return
             datagram = changed
         loss, cut = (wire.loss_up, wire.cuts_up) if side == "up" else (wire.loss_down, wire.cuts_down)
-        is_misled = self.towards.get(number, SERVER_ADDRESS) not in self.server_at
-        is_dead = wire.is_cut or cut or self.down[number] or is_misled
+        towards = self.towards.get(number, SERVER_ADDRESS)
+        is_mute = towards not in self.server_at or towards.version in wire.mute
+        is_dead = wire.is_cut or cut or self.down[number] or is_mute or self.open.get(number) in wire.dead_ports
         if is_dead or len(datagram) > wire.largest or self.rng.random() < loss:
             wire.counts[f"lost_{side}"] += 1
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, ip_address
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -448,7 +448,7 @@ def test_a_mute_path_tries_the_other_version_though_the_tunnel_is_up_and_ever_mo
     while now < 1200.0:
         new = [event for event in settled(client, now) if isinstance(event, OpenPath)]
         opened += [(now, event.path, event.address.version) for event in new]
-        client.paths[0].was_heard = True
+        client.paths[0].state = PathState.UP
         now += 0.25
         client.handle_timeout(now)
     assert [version for _, path, version in opened if path == 0] == [4]
@@ -488,7 +488,7 @@ def test_the_next_address_of_the_server_is_tried_when_every_path_was_silent_for_
         opened += [event for event in settled(client, now) if isinstance(event, OpenPath)]
         now = client.next_deadline()
         client.handle_timeout(now)
-    assert [str(event.server[0]) for event in opened] == ["198.51.100.1", "198.51.100.2", "198.51.100.1"]
+    assert tried(opened) == ["198.51.100.1", "198.51.100.2", "198.51.100.1"]
 
 
 def test_the_name_is_looked_up_every_hour_and_a_new_address_is_kept() -> None:
@@ -521,6 +521,11 @@ def test_a_name_that_does_not_resolve_at_start_is_asked_again_every_2_s() -> Non
     assert [event.server[0] for event in settled(client, 1002.1) if isinstance(event, OpenPath)] == [SERVER_ADDRESS]
 
 
+def tried(opened: list[OpenPath]) -> list[str]:
+    """Return the server's addresses, one after the other."""
+    return [server for server, _ in groupby(str(event.server[0]) for event in opened)]
+
+
 def lived(client: Client, now: float, until: float, *named: str) -> tuple[list[float], list[OpenPath]]:
     """Let time pass; return when the server's name was looked up, which gave what is `named`, and what was opened."""
     answer = tuple(map(ip_address, named)) or (SERVER_ADDRESS,)
@@ -544,7 +549,7 @@ def test_a_server_that_is_silent_is_looked_up_ever_more_rarely_for_it_may_have_m
     client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
     asked, opened = lived(client, 1000.0, 2200.0)
     assert asked == [1005.0, 1065.0, 1185.0, 1425.0, 1725.0, 2025.0]
-    assert len(opened) == 1
+    assert tried(opened) == [str(SERVER_ADDRESS)]
 
 
 def test_a_server_that_moved_while_the_client_was_offline_is_found_in_the_first_seconds_on_line() -> None:
@@ -557,14 +562,14 @@ def test_a_server_that_moved_while_the_client_was_offline_is_found_in_the_first_
     client.links_changed([link("wan1", "192.168.7.2/24")], 10000.0)
     asked, opened = lived(client, 10000.0, 10100.0, "198.51.100.77")
     assert asked[:2] == [10005.0, 10065.0]
-    assert str(opened[1].server[0]) == "198.51.100.77"
+    assert tried(opened) == [str(SERVER_ADDRESS), "198.51.100.77"]
 
 
 def test_only_a_path_that_the_host_has_given_or_moved_is_a_reason_to_look_the_server_up_sooner() -> None:
     client = client_of("wan1", servers=("198.51.100.1", "198.51.100.2"))
     client.links_changed([link("wan1", "192.168.0.2/24")], 1000.0)
     asked, opened = lived(client, 1000.0, 1100.0, "198.51.100.1", "198.51.100.2")
-    assert len(opened) == 4  # the addresses in turn
+    assert len(tried(opened)) == 4  # the addresses in turn
     assert asked == [1005.0, 1065.0]
     client.links_changed([link("wan1", "192.168.7.2/24")], 1100.0)
     asked, _ = lived(client, 1100.0, 1110.0)
@@ -716,6 +721,166 @@ def test_a_server_that_is_named_by_its_address_is_not_looked_up() -> None:
     net.run(200.0)
     assert [verb for _, verb, _ in net.scripts if verb == "dns"] == []
     assert net.client._servers.outside_at == float("inf")
+
+
+# -- mute paths ------------------------------------------------------------------------------------------------------
+
+
+def opened_on(net: Simnet, number: int, since: float = 0.0) -> list[tuple[float, int]]:
+    """When the sockets of a path were opened, and of which IP version."""
+    return [(at, event.address.version) for at, event in net.opened if event.path == number and at >= since]
+
+
+def dual(*wires: Wire, **more: Any) -> Simnet:
+    return Simnet(*wires, named=(SERVER_ADDRESS, SERVER6), **more)
+
+
+@pytest.mark.parametrize("is_in_use", [True, False])
+def test_a_path_that_dies_by_one_ip_version_goes_on_by_the_other_one_and_back(is_in_use: bool) -> None:
+    net = dual(Wire(versions=(4, 6)), Wire())
+    net.run(5.0)
+    if is_in_use:
+        Traffic(net, rate=5).start(200.0)
+    incarnation, since = net.client.paths[1].incarnation, net.now
+    for mute in (4, 6):
+        net.wires[0].mute = {mute}
+        net.run(10.0 if is_in_use else 40.0)  # idle, it is found out with the next probe
+        assert net.client.paths[0].is_up
+        assert net.client._ways[0].address.version == 10 - mute
+    told = net.told("client", NoticeKind.PATH_DOWN, NoticeKind.PATH_UP, NoticeKind.PATH_WAITING, since=since)
+    assert [values["event"] for _, values in told] == ["path-down", "path-up"] * 2
+    assert net.client.paths[1].incarnation == incarnation
+
+
+def test_a_dead_nat_mapping_is_left_for_another_local_port() -> None:
+    net = Simnet(Wire(), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(100.0)
+    ports, incarnation, since = dict(net.open), net.client.paths[1].incarnation, net.now
+    net.wires[0].dead_ports = {ports[0]}
+    net.run(10.0)
+    assert net.client.paths[0].is_up
+    assert net.open[0] != ports[0]
+    assert (net.open[1], net.client.paths[1].incarnation) == (ports[1], incarnation)
+    ((_, version),) = opened_on(net, 0, since)
+    assert version == 4
+
+
+def test_both_ip_versions_are_tried_before_another_local_port() -> None:
+    net = dual(Wire(versions=(4, 6)), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(100.0)
+    port, since = net.open[0], net.now
+    net.wires[0].mute, net.wires[0].dead_ports = {6}, {port}
+    net.run(15.0)
+    assert net.client.paths[0].is_up
+    assert net.open[0] != port
+    assert [version for _, version in opened_on(net, 0, since)] == [6, 4]
+
+
+def test_a_path_that_stays_dead_is_tried_ever_more_rarely_and_told_down_once() -> None:
+    net = dual(Wire(versions=(4, 6)), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(900.0)
+    since = net.now
+    net.wires[0].is_cut = True
+    net.run(600.0)
+    opened = opened_on(net, 0, since)
+    assert [version for _, version in opened] == [6, 4] * (len(opened) // 2)
+    waits = [later - earlier for (earlier, _), (later, _) in pairwise(opened)]
+    assert waits[0::2] == pytest.approx([5.0] * len(waits[0::2]), abs=0.3)  # by the version that was never heard
+    assert waits[1::2] == pytest.approx([20.0, *[60.0] * (len(waits[1::2]) - 1)], abs=0.3)
+    assert [values["event"] for _, values in net.told("client", since=since)] == ["path-down"]
+    assert len(opened_on(net, 1)) == 1
+    assert len(net.sent(TRANSPORT, "up", 0, net.now - 60.0)) < 300  # probes, no data
+    net.wires[0].is_cut, net.wires[0].mute = False, {6}
+    net.run(6.0)
+    assert net.client.paths[0].is_up
+
+
+def test_an_idle_dead_path_costs_no_more_than_its_probes() -> None:
+    net = dual(
+        Wire(versions=(4, 6)),
+        Wire(),
+        settings=ClientSettings(server="sim.example", interfaces=("w0", "w1"), idle_probe=300.0),
+    )
+    net.run(60.0)
+    net.wires[0].is_cut = True
+    net.run(700.0)
+    since = net.now
+    net.run(6000.0)
+    assert len(opened_on(net, 0, since)) == pytest.approx(40, abs=2)
+    assert len(net.sent(TRANSPORT, "up", 0, since)) <= 80
+
+
+def test_while_the_server_is_away_paths_are_reopened_no_more_often_than_that_and_it_is_found_at_once() -> None:
+    net = Simnet()
+    net.run(5.0)
+    since = net.now
+    net.kill_server()
+    net.run(1200.0)
+    for number in (0, 1):
+        waits = [later - earlier for (earlier, _), (later, _) in pairwise(opened_on(net, number, since))]
+        assert min(waits[4:]) >= 60.0
+    net.start_server()
+    Traffic(net, rate=5).start(10.0)
+    net.run(6.0)
+    assert [path.is_up for path in net.client.paths.values()] == [True, True]
+
+
+def test_a_version_that_no_socket_can_be_opened_by_is_left_again_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = dual(Wire(versions=(4, 6), refuses={6}), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(300.0)
+    net.wires[0].is_cut = True
+    net.run(200.0)
+    assert net.client.paths[0].errors["ENETUNREACH"] > 5
+    assert len([r for r in caplog.records if "trying again" in r.getMessage()]) == 1
+    net.wires[0].is_cut = False
+    net.run(8.0)
+    assert net.client.paths[0].is_up
+
+
+def test_a_half_of_a_tunnel_that_carries_one_way_only_is_not_tried_otherwise() -> None:
+    net = Simnet()
+    net.run(5.0)
+    Traffic(net, rate=5).start(300.0)
+    net.wires[0].cuts_up = net.wires[1].cuts_down = True
+    net.run(200.0)
+    assert net.client._state == "up"
+    assert len(net.opened) == 2
+
+
+def test_an_ip_version_that_comes_does_not_move_a_path_that_lives() -> None:
+    net = dual(Wire(versions=(6,)), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(300.0)
+    net.wires[0].is_cut = True
+    net.run(30.0)
+    net.wires[0].is_cut = False
+    net.run(60.0)
+    assert net.client.paths[0].is_up
+    incarnation = net.client.paths[0].incarnation
+    net.wires[0].versions = (4, 6)
+    net.client.links_changed(net.links(), net.now)
+    net.run(5.0)
+    assert net.client.paths[0].incarnation == incarnation
+
+
+def test_the_sockets_towards_a_stock_server_stay_whatever_is_silent() -> None:
+    text = wireguard_text(CLIENT_KEY, [IPv4Interface("10.0.1.2/32")], [], SERVER_PUBLIC, PSK, "sim.example:5000")
+    settings = ClientSettings(server="sim.example", interfaces=("w0", "w1"), wireguard=parse_wireguard(text))
+    server = BookPeer(SERVER_KEY, CLIENT_PUBLIC, PSK)
+    net = dual(Wire(versions=(4, 6)), Wire(versions=(4, 6)), stock_server=server, said_hello=False, settings=settings)
+    traffic = Traffic(net, rate=1)
+    traffic.start(600.0)
+    net.run(100.0)
+    net.wires[0].is_cut = True
+    net.run(500.0)
+    assert len(net.opened) == 2
+    assert traffic.lost("up", since=net.now - 60.0, until=net.now - 1.0) == 0
 
 
 # -- the host --------------------------------------------------------------------------------------------------------

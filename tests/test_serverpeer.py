@@ -107,8 +107,9 @@ def test_with_nothing_waiting_it_becomes_patient_after_90_s_and_never_gives_up()
     since = net.now
     net.run(3600.0)
     sent = initiations(net, 0, since)
-    assert len({body for _, body in sent}) == len(sent)  # fresh ones only
-    later = gaps([at for at, _ in sent])[3:]
+    fresh = {body: at for at, body in reversed(sent)}
+    assert len(sent) - len(fresh) <= 60  # repeated only from a new socket, which a mute path gets once a minute
+    later = gaps(sorted(fresh.values()))[3:]
     assert all(25.0 <= gap <= 25.333 for gap in later)
     net.start_server()
     net.run(26.0)
@@ -479,8 +480,10 @@ def test_in_use_a_probe_goes_out_every_250_ms_on_every_path_also_a_silent_one() 
     net.run(10.0)
     for number in (0, 1):
         times = net.controls("up", Control.PROBE, number, since)
-        assert all(gap == pytest.approx(0.25) for gap in gaps(times))
-        assert len(times) == 40
+        reopened = sum(at > since and event.path == number for at, event in net.opened)  # and probed at once
+        assert reopened == (1 if number else 0)
+        assert sum(gap == pytest.approx(0.25) for gap in gaps(times)) >= 39 - 2 * reopened
+        assert 40 <= len(times) <= 40 + reopened
 
 
 def test_an_idle_tunnel_is_probed_every_25_s_and_not_busily_after_each_rekey() -> None:
