@@ -4,12 +4,13 @@
 is new or different gets its rule and table by the script first, then a socket; its local port stays the same if the
 kernel allows. A path whose socket cannot be opened is tried again every second.
 
-**Mute paths.** A path that is open, carries neither way and has been so for 5 s is tried otherwise: by the other IP
+**Mute paths.** A path that is open, carries neither way and has been so for a while is tried otherwise: by the other IP
 version where server and interface have both, else from another local port, since a NAT may hold a dead mapping that
-our own probes keep alive. Each time it stays so for twice as long, up to a minute, in idleness at least for the time
-between two probes; but only for 5 s by a version that is not the one it was heard by. It is down all the while, which
-is told once. Towards a server that is not known to take probes silence says nothing: there only a path that was never
-heard tries the other version, while the tunnel is not up.
+our own probes keep alive. One that was never heard has 5 s, one that was heard 30 s: most outages are shorter, and it
+shall be found where it was. Each time it has twice as long, up to a minute, in idleness at least the time between two
+probes; but only 5 s by a version that is not the one it was heard by. It is down all the while, which is told once.
+Towards a server that is not known to take probes silence says nothing: there only a path that was never heard tries the
+other version, while the tunnel is not up.
 
 **Joining.** With a token and no record of the server, or one by another token, the client first talks to it as the
 token's holder, says ENROL on every path, saves what it is given, and only then starts as itself. Without any answer for
@@ -92,6 +93,7 @@ JOIN_PATIENCE: Final = 15.0
 REOPEN_AFTER: Final = 1.0
 SILENT_AFTER: Final = 30.0  # then the server's next address is tried
 LEAST_PATIENCE: Final = 5.0  # s: a path that is mute is tried otherwise, at first after so long
+HEARD_PATIENCE: Final = 30.0  # where it was heard before
 MOST_PATIENCE: Final = 60.0
 OTHER_VERSION: Final = {4: 6, 6: 4}
 YEAR: Final = 365.2425 * 86400  # s
@@ -132,12 +134,11 @@ class Trials:
 
     def patience(self, version: int, spacing: float) -> float:
         """Return for how many seconds it may be mute by an IP version; `spacing` is between two probes."""
-        grown = min(LEAST_PATIENCE * 2.0 ** min(self.turns, 8), MOST_PATIENCE)
-        if not self.heard:
-            return grown
-        if version != self.heard:
+        if self.heard and version != self.heard:
             return LEAST_PATIENCE
-        return max(grown, spacing) if self.turns else grown
+        least = HEARD_PATIENCE if self.heard else LEAST_PATIENCE
+        grown = min(least * 2.0 ** min(self.turns, 8), MOST_PATIENCE)
+        return max(grown, spacing) if self.heard and self.turns else grown
 
 
 class Client(Role):
