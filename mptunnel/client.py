@@ -660,13 +660,14 @@ class Client(Role):
             trials.since, trials.turns = now, trials.turns + 1
             trials.is_down = trials.is_down or (speaks and path.state is PathState.DOWN)
             self._avoid[path.id] = before[path.id].address.version
+            self._uplinks.by_id[path.id].source = None  # its network may be another one now (RFC 8978)
         self._arrange(now)
         for path in mute:
             way = self._ways.get(path.id)
             if speaks:
                 path.port = 0  # any but the one it has
             if way != before[path.id]:
-                log.debug("path %s mute: trying the other IP version", path.title)
+                log.debug("path %s mute: trying it by another address", path.title)
                 continue
             self._avoid[path.id] = OTHER_VERSION[way.address.version]  # should that come, it must not move what lives
             if speaks and path.is_open:

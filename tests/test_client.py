@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, ip_address
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -766,6 +767,21 @@ def test_a_dead_nat_mapping_is_left_for_another_local_port() -> None:
     assert (net.open[1], net.client.paths[1].incarnation) == (ports[1], incarnation)
     ((_, version),) = opened_on(net, 0, since)
     assert version == 4
+
+
+def test_a_mute_path_gives_up_an_address_for_an_equal_one() -> None:
+    """A router that crashed and announces another prefix does not take the former one back (RFC 8978)."""
+    net = Simnet(Wire(), Wire())
+    net.run(5.0)
+    Traffic(net, rate=5).start(100.0)
+    link, path = net.links()[0], net.client.paths[0]
+    old, new = link.addresses[0], IPv4Interface("192.168.0.77/24")
+    net.client.links_changed((replace(link, addresses=(new, old)), net.links()[1]), net.now)
+    net.run(1.0)
+    assert path.address == old.ip, "which works"
+    net.wires[0].is_cut = True
+    net.run(35.0)
+    assert path.address == new.ip
 
 
 def test_both_ip_versions_are_tried_before_another_local_port() -> None:
