@@ -178,6 +178,11 @@ class LossMeter:
         self.lost += more_sent - more_received
         self._add(now)
 
+    def end(self, sent: int, now: float) -> None:
+        """The sender has counted `sent` datagrams, and will hear of no more of them: they are lost."""
+        if self._last is not None:
+            self.count(sent, self._last[1], now)
+
     def told(self, sent: int, lost: int, now: float) -> None:
         """The receiver says what its own meter of this has counted in total."""
         if sent < self.sent:
@@ -381,6 +386,8 @@ class ClientPath(Path):
         `is_down`: the path is tried by other means, and stays down and silent until it answers.
         """
         silent_since = self.silent_since
+        if is_down:
+            self.loss_up.end(self.tx, now)
         self.incarnation = incarnation
         self.is_open = True
         self.carries = self.proof_tries = 0

@@ -107,9 +107,8 @@ def test_a_path_that_was_dead_until_the_server_forgot_it_says_what_it_lost() -> 
     busy(net, 4.0)
     path = net.peer.paths[0]
     assert path.state is PathState.UP
-    assert (
-        0 <= path.loss_up.lost - net.wires[0].counts["lost_up"] <= 18
-    )  # what came since the last ECHO, it had to forget
+    # It had to forget what came since the last ECHO; and the probes of a socket that was never heard count nowhere.
+    assert -20 <= path.loss_up.lost - net.wires[0].counts["lost_up"] <= 18
     assert (path.loss_up.recent(), path.loss_down.recent()) == (0.0, 0.0)
     assert path.echoed <= net.guest.paths[0].number
 
