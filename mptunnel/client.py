@@ -653,7 +653,7 @@ class Client(Role):
             self._try_otherwise(mute, now)
 
     def _try_otherwise(self, mute: Sequence[ClientPath], now: float) -> None:
-        """Reopen paths by the other IP version, those that have only one from another local port."""
+        """Reopen paths by the other IP version or another address, those that have only one from another local port."""
         before, speaks = self._ways.copy(), self._peer.speaks
         for path in mute:
             trials = self._trials[path.id]
