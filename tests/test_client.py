@@ -615,13 +615,19 @@ def test_where_the_server_was_before_it_moved_is_forgotten_as_soon_as_it_answers
         assert in_use(net) == {MOVED}
 
 
-def test_what_a_captive_portal_names_is_tried_but_the_server_stays_known_and_is_turned_back_to() -> None:
+def behind_a_portal() -> Simnet:
+    """Return a network whose server has gone, and whose client tries what a captive portal names."""
     net = Simnet()
     net.run(5.0)
     net.server_at = set()
     net.named = (PORTAL,)
     net.run(40.0)
     assert in_use(net) == {PORTAL}
+    return net
+
+
+def test_what_a_captive_portal_names_is_tried_but_the_server_stays_known_and_is_turned_back_to() -> None:
+    net = behind_a_portal()
     assert kept_addresses(net) == [str(SERVER_ADDRESS), str(PORTAL)]
     net.named = (OTHER_PORTAL,)
     net.run(100.0)
@@ -637,12 +643,7 @@ def test_what_a_captive_portal_names_is_tried_but_the_server_stays_known_and_is_
 
 
 def test_an_address_that_an_answer_takes_back_is_left_at_once_for_the_one_that_has_proved_itself() -> None:
-    net = Simnet()
-    net.run(5.0)
-    net.server_at = set()
-    net.named = (PORTAL,)
-    net.run(40.0)
-    assert in_use(net) == {PORTAL}
+    net = behind_a_portal()
     net.client.job_done(Resolve("sim.example", 5000), (), net.now)  # no answer
     assert in_use(net) == {PORTAL}
     net.client.job_done(Resolve("sim.example", 5000), (OTHER_PORTAL, SERVER_ADDRESS), net.now)

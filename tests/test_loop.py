@@ -226,40 +226,35 @@ def test_what_our_own_queue_has_no_room_for_is_told_with_what_comes_next(turning
     assert role.drops["receive queue full"] + role.drops["malformed datagram"] == 201
 
 
-def test_a_slow_lookup_of_a_name_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
+def script_passes(
+    turning: Turning, monkeypatch: pytest.MonkeyPatch, job: Resolve | SaveState, end: threading.Event, result: object
+) -> None:
+    """Assert that a script is done while a job that was asked for before it is not, and that one when it can `end`."""
     done: list[tuple[object, object]] = []
-    answers = threading.Event()
-    monkeypatch.setattr(udp, "resolve", lambda *_: answers.wait(30.0) and ("resolved",))
     monkeypatch.setattr(turning._role, "job_done", lambda job, result, _: done.append((job, result)))
     turning._host = SimpleNamespace(run=lambda *_: None)  # type: ignore[assignment]
-    name, script = Resolve("sim.example", 5000), RunScript("path-up", {})
-    for job in (name, script):
-        turning._take_up(job, 0.0)
+    script = RunScript("path-up", {})
+    turning._take_up(job, 0.0)
+    turning._take_up(script, 0.0)
     while not done:
         turning.turns(1)
     assert done == [(script, None)]
-    answers.set()
+    end.set()
     while len(done) < 2:
         turning.turns(1)
-    assert done[1] == (name, ("resolved",))
+    assert done[1] == (job, result)
+
+
+def test_a_slow_lookup_of_a_name_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(udp, "resolve", lambda *_: answers.wait(30.0) and ("resolved",))
+    script_passes(turning, monkeypatch, Resolve("sim.example", 5000), answers, ("resolved",))
 
 
 def test_a_disk_that_stalls_holds_up_no_script(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[object, object]] = []
     disk = threading.Event()
     turning._state = SimpleNamespace(save=lambda *_: disk.wait(30.0))  # type: ignore[assignment]
-    turning._host = SimpleNamespace(run=lambda *_: None)  # type: ignore[assignment]
-    monkeypatch.setattr(turning._role, "job_done", lambda job, result, _: done.append((job, result)))
-    document, script = SaveState("server/peers", {}), RunScript("path-up", {})
-    for job in (document, script):
-        turning._take_up(job, 0.0)
-    while not done:
-        turning.turns(1)
-    assert done == [(script, None)]
-    disk.set()
-    while len(done) < 2:
-        turning.turns(1)
-    assert done[1] == (document, None)
+    script_passes(turning, monkeypatch, SaveState("server/peers", {}), disk, None)
 
 
 def test_what_the_host_can_offer_is_looked_at_again_when_its_network_changes(
