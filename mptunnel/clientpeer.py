@@ -352,17 +352,21 @@ class ClientPeer(Peer):
                 if arrival is not None:
                     self._review(other, *arrival, None, now)
                 self._tell_up(other, now)
+        is_bound = path.endpoint == source
+        if is_bound:
+            interval = probe.interval_ms / 1e3
+            self.receipts.gaps.heard(path.id, probe.incarnation, probe.seq, probe.sent_us, interval, now)
         settle_at = self.receipts.mark(
             session,
             counter,
             probe.packets,
             now,
-            probe.path if path.endpoint == source else None,
+            path.id if is_bound else None,
             probe.interval_ms / 1e3,
             self._paths_in_use(),
         )
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
-        if path.endpoint != source:
+        if not is_bound:
             self._challenge(path, probe, source, now, out)
             self._flush(now, out)  # its records may have brought another path back
             return

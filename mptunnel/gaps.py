@@ -7,6 +7,11 @@ missing on it too. What another path has delivered is known to be missing on thi
 delivered it is not known whether it was a packet or some path's control message, so there a silence is a gap only if
 packets were lost on every path between the marks around it.
 
+A silence is a gap too if in it nothing at all came by this way for longer than a probe interval, and the next mark
+shows that marks had been due: PROBEs, or what should have answered them, were lost, or were under way for so long (as
+through a modem that keeps everything until it has found another cell). If no packet was due, the gap is the time in
+which marks were; so short a one that a mark was just late is none. A client that stood still itself owed nothing.
+
 A silence from before a restart of the sender until after it is a gap, on every way: what it owed it could not bring.
 
 Silence of the application is no gap. A mark that says that nothing was sealed since the mark before it on the same
@@ -24,7 +29,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mptunnel.messages import MAX_PATHS
+from mptunnel.messages import MAX_PATHS, seconds_between
 from mptunnel.session import NO_PATH, WINDOW
 
 if TYPE_CHECKING:
@@ -37,6 +42,8 @@ OUTAGE: Final = 0.3
 ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
 INF: Final = float("inf")
 _GAP: Final = 0.02  # s: shorter silences are not worth a look
+_LATE: Final = 0.01  # s: a mark that was under way for so much longer than the one before it was held up
+_MISSED: Final = 1.5  # waits: for so long nothing is heard where no mark just came late
 _MAX_SUSPECTS: Final = 16  # silences of one way that wait to be settled, the longest
 
 IS_DATA: Final = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
@@ -46,8 +53,8 @@ class Way:
     """A path, or (`bit` 0) all of them: since when it is silent, what it brought last, its gaps so far."""
 
     __slots__ = (
-        "at", "bit", "bridged", "bridged_time", "fresh", "held", "high", "longest", "owes", "patience", "session",
-        "stands_by",
+        "_newest_mark", "at", "bit", "bridged", "bridged_time", "doubted", "fresh", "has_missed", "heard_at", "held",
+        "high", "longest", "lull", "owes", "patience", "session", "stands_by", "unheard", "wait",
     )  # fmt: skip
 
     def __init__(self, bit: int) -> None:
@@ -58,6 +65,13 @@ class Way:
         self.patience = _GAP
         self.held: tuple[float, Session, int] | None = None  # a silence that an old packet has ended
         self.owes = False
+        self.heard_at = INF  # when anything came, a mark or a packet
+        self.wait = INF  # for how long that may be ago: a probe interval, and some more
+        self.unheard = 0.0  # how long, in this silence, nothing came at all although marks were due
+        self.doubted = 0.0  # the same, while the next mark has still to show whether any were
+        self.has_missed = False  # it was so long that a mark was not just late
+        self.lull = (-INF, 0.0)  # when its last silence ended, and how long it was
+        self._newest_mark: tuple[int, int, int, float] | None = None  # incarnation, number, when sent, when it came
         self.longest = 0.0
         self.fresh = 0.0  # longest since it was taken out last
         self.bridged = 0
@@ -66,7 +80,54 @@ class Way:
 
     def begin(self, session: Session, counter: int, now: float) -> None:
         """From now on something is due; what was sealed up to `counter` is none of its business any more."""
+        if self.at == INF:
+            self.heard_at = now
+            self.forget_unheard()
         self.at, self.session, self.high, self.owes = now, session, counter, False
+
+    def rest(self) -> None:
+        """It is not known any more that anything is due."""
+        self.at, self.owes = INF, False
+        self.forget_unheard()
+
+    def owed(self, incarnation: int, number: int, sent_us: int, now: float) -> float:
+        """Return for how long marks had been due when this one came: those since the last one, and this one if late."""
+        before = self._newest_mark
+        if before is not None and before[0] == incarnation and number <= before[1]:
+            return 0.0  # one that was overtaken
+        self._newest_mark = (incarnation, number, sent_us, now)
+        if before is None or before[0] != incarnation:
+            return 0.0
+        late = now - before[3] - seconds_between(before[2], sent_us)
+        if number == before[1] + 1 and late < _LATE:
+            return 0.0
+        return (number - before[1]) * self.wait + max(0.0, late)
+
+    def heard(self, interval: float, now: float) -> None:
+        """A mark came by it; the next one is due in `interval` seconds."""
+        silence = now - self.heard_at
+        if self.at < INF and silence > self.wait:
+            self.doubted = max(self.doubted, silence)
+            self.has_missed = self.has_missed or silence > _MISSED * self.wait
+        self.heard_at, self.wait = now, interval + _GAP
+
+    def judge(self, owed: float) -> None:
+        """The mark shows that marks were due for `owed` seconds while nothing was heard."""
+        self.unheard = max(self.unheard, min(self.doubted, owed))
+        self.doubted = 0.0
+
+    def missed(self) -> float:
+        """Return for how long nothing at all was heard in this silence, in which no packet was due, and begin anew."""
+        if self.doubted:
+            return 0.0  # not yet
+        unheard = self.unheard if self.has_missed else 0.0
+        self.forget_unheard()
+        return unheard
+
+    def forget_unheard(self) -> None:
+        """What was unheard was so in a silence that is over."""
+        self.unheard = self.doubted = 0.0
+        self.has_missed = False
 
     def note(self, length: float, *, is_bridged: bool) -> None:
         """There was a gap."""
@@ -78,12 +139,14 @@ class Way:
 
 
 class Suspect:
-    """A silence between two counters that will have been a gap if one of them stays missing.
+    """A silence between two counters that will have been a gap if one of them stays missing, or if it was `unheard`.
 
     Where the two are of different sessions, nobody can tell how many there were at the end of the older one.
     """
 
-    __slots__ = ("after", "before", "has_loss", "length", "older", "session", "way")
+    __slots__ = (
+        "after", "before", "doubted", "has_loss", "is_filled", "length", "older", "session", "unheard", "way",
+    )  # fmt: skip
 
     def __init__(
         self, way: Way, length: float, session: Session, before: int, after: int, older: Session | None = None
@@ -91,6 +154,15 @@ class Suspect:
         self.way, self.length, self.session, self.before = way, length, session, before
         self.after, self.older = after, older  # `after` is a counter of the older session, if there is one
         self.has_loss = False  # between the marks around it packets were lost on every path
+        self.unheard = 0.0  # how long a gap it was even if nothing was lost
+        self.doubted = 0.0  # how long nothing came at all, while the next mark has still to show whether any were due
+        self.is_filled = False  # meanwhile others have brought what this way has brought later
+
+    def judge(self, owed: float) -> None:
+        """The next mark shows that marks were due for `owed` seconds while nothing was heard."""
+        if self.doubted:
+            self.unheard = max(self.unheard, self.length if owed >= self.doubted else owed)
+            self.doubted = 0.0
 
     def begins_before(self, mark: tuple[int, int]) -> bool:
         """Whether some of it was sealed before a mark."""
@@ -138,16 +210,32 @@ class Gaps:
         """Copies of IP packets, first or later ones, came by these ways, all within these counters."""
         for number in numbers:
             way = self.ways[number]
-            silence = now - way.at
-            if silence > way.patience:
-                self._look(way, session, low, silence)
-            way.at = now
+            if now - way.at > way.patience or now - way.heard_at > way.wait or way.unheard:
+                self._look(way, session, low, now)
+            way.at = way.heard_at = now
             way.owes = False
             if session is not way.session:
                 if way.session is None or session.serial > way.session.serial:
                     way.session, way.high = session, high
             elif high > way.high:
                 way.high = high
+
+    def heard(self, path: int, incarnation: int, seq: int, probe_us: int, interval: float, now: float) -> None:
+        """A mark came by a path, where the next one is due in `interval` seconds.
+
+        It is the PROBE `seq` of this incarnation, sent at `probe_us`, or its ECHO; an unasked one (0) shows nothing.
+        """
+        way, whole = self.ways[path], self.ways[ALL]
+        owed = way.owed(incarnation, seq, probe_us, now) if seq else 0.0
+        for each in (way, whole):
+            each.heard(interval, now)
+        if not seq:
+            return
+        way.judge(owed)
+        whole.judge(owed)
+        for suspect in self._suspects:
+            if suspect.way is way or suspect.way is whole:
+                suspect.judge(owed)
 
     def woken(self, session: Session, low: int, now: float) -> None:
         """The tunnel was idle, and IP packets came, `low` the first: every path in use owes them from now on."""
@@ -169,8 +257,11 @@ class Gaps:
             if is_lacking and number != path:
                 way.owes = True
                 continue
-            if (is_lacking or is_open) and now - way.at > _GAP:
-                self._suspect(Suspect(way, now - way.at, session, counter, after))
+            unheard = way.missed() if number in {path, ALL} else 0.0  # the others have still to be heard
+            if unheard or ((is_lacking or is_open) and now - way.at > _GAP):
+                suspect = Suspect(way, now - way.at, session, counter, after)
+                suspect.unheard, suspect.is_filled = unheard, is_lacking
+                self._suspect(suspect)
             way.begin(session, counter, now)
 
     def idle(self) -> None:
@@ -178,7 +269,9 @@ class Gaps:
         self.is_idle = True
         for way in self.ways:
             if not way.owes:
-                way.at = INF
+                if unheard := way.missed():
+                    way.note(unheard, is_bridged=False)
+                way.rest()
 
     def settled(self, session: Session, counter: int, in_use: int, marked_at: float, *, has_loss: bool) -> None:
         """All that was sealed before `counter`, a mark that came at `marked_at`, has come, or will never."""
@@ -228,9 +321,13 @@ class Gaps:
             way.owes = _lacking(newest.session, way.bit, after + 1, newest.high)[0]
         return silence if way.owes else 0.0
 
-    def _look(self, way: Way, session: Session, low: int, silence: float) -> None:
+    def _look(self, way: Way, session: Session, low: int, now: float) -> None:
         """A silence has ended with counter `low`: suspect it, if anything was due in it."""
-        before = way.session
+        if way.at == INF:
+            return
+        silence, before = now - way.at, way.session
+        if now - way.heard_at > way.wait:
+            way.doubted = max(way.doubted, now - way.heard_at)
         after = way.high if before is session else -1
         if (before is session and low <= after) or (before is not None and session.serial < before.serial):
             if silence > _GAP and (way.held is None or silence > way.held[0]):  # what was due, a newer one will show
@@ -241,14 +338,23 @@ class Gaps:
             silence = max(silence, way.held[0])
             after = way.held[2] if way.held[1] is session else after
             way.held, way.patience = None, _GAP
-        if silence <= _GAP:
+        unheard, doubted = way.unheard, way.doubted
+        way.forget_unheard()
+        if max(silence, unheard, doubted) <= _GAP:
             return
+        way.lull = (now, silence)
         if before is None and way.owes:  # under a session that is gone
-            way.note(silence, is_bridged=way.bit > 0)
+            way.note(max(silence, unheard), is_bridged=way.bit > 0)
             return
         older = None if before is session else before
         suspect = Suspect(way, silence, session, low, way.high if older else after, older)
-        if any(suspect.lacking()):
+        suspect.length, suspect.doubted = max(silence, doubted), doubted
+        suspect.unheard = max(silence, unheard) if unheard else 0.0
+        if unheard or doubted:
+            ended_at, lull = self.ways[ALL].lull
+            is_alone = silence - (lull if now - ended_at < silence else 0.0) > _GAP
+            suspect.is_filled = is_alone and _lacking(session, way.bit, after + 1, session.window.top)[0]
+        if unheard or doubted or any(suspect.lacking()):
             self._suspect(suspect)
 
     def _suspect(self, suspect: Suspect) -> None:
@@ -261,15 +367,18 @@ class Gaps:
         way = suspect.way
         is_lacking, is_open = suspect.lacking()
         is_restart = suspect.spans(self._anew)
-        if is_restart or is_lacking or (is_open and suspect.has_loss):
-            way.note(suspect.length, is_bridged=is_lacking and not is_restart)
+        has_lost = is_restart or is_lacking or (is_open and suspect.has_loss)
+        if has_lost or suspect.unheard:
+            is_bridged = is_lacking or (suspect.unheard > 0.0 and suspect.is_filled)
+            length = max(suspect.length if has_lost else 0.0, suspect.unheard)
+            way.note(length, is_bridged=is_bridged and not is_restart)
 
     def _use(self, in_use: int, session: Session, counter: int, since: float) -> None:
         """Other paths are in use now, the new ones since a mark under `counter`."""
         before, self._in_use = self._in_use, in_use
         for way in self.ways[:MAX_PATHS]:
             if not way.bit & in_use:
-                way.at, way.owes = INF, False
+                way.rest()
             elif not way.bit & before and way.at == INF and not self.is_idle:
                 way.begin(session, counter, since)
 
@@ -291,4 +400,4 @@ def _lacking(session: Session, bit: int, first: int, last: int) -> tuple[bool, b
 
 
 def _length(suspect: Suspect) -> float:
-    return suspect.length
+    return max(suspect.length, suspect.unheard)

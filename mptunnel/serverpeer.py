@@ -557,7 +557,8 @@ class ServerPeer(Peer):
         if path is None or echo.path != path.id or echo.incarnation != path.incarnation:
             self.identity.drops["echo for another path"] += 1
             return
-        interval = PROBE_INTERVAL if self.in_use(now) else self._idle_probe
+        interval = self._probe_interval if self.in_use(now) else self._idle_probe
+        self.receipts.gaps.heard(path.id, echo.incarnation, echo.seq, echo.probe_us, interval, now)
         settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval, self._paths_in_use())
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)

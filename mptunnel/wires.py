@@ -63,6 +63,7 @@ class Weather:
     duplicate: float = 0.0  # share that arrives twice
     reorder: bool = False  # jitter may let a packet overtake another
     mtu: int = 0  # longer packets vanish silently (0: none)
+    kept_until: float = 0.0  # by `time.monotonic()`: nothing leaves before, and nothing is lost by it
 
 
 @dataclass(slots=True)
@@ -107,9 +108,9 @@ class Lane:
         if weather.mtu and size > weather.mtu:
             counts.too_long += 1
             return ()
-        due = now
+        due = start = max(now, weather.kept_until)
         if weather.rate:
-            start = max(now, self._free_at)
+            start = max(start, self._free_at)
             if (start - now) * weather.rate + size > weather.buffer:
                 counts.overflowed += 1
                 return ()

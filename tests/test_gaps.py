@@ -23,11 +23,12 @@ SIDES = ("up", "down")
 
 @dataclass
 class Weather:
-    """What happens to one direction of a wire: chance, and times in which nothing passes."""
+    """What happens to one direction of a wire: chance, times in which nothing passes, or in which all is kept."""
 
     loss: float = 0.0
     jitter: float = 0.0  # that lets one overtake another
     cuts: list[tuple[float, float]] = field(default_factory=list)
+    stalls: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Count:
@@ -65,6 +66,7 @@ class Count:
             wire.delay = self._delays[number]
             return datagram
         wire.delay = self._delays[number] + self.rng.random() * weather.jitter
+        wire.delay += max((end - now for begin, end in weather.stalls if begin <= now < end), default=0.0)
         if any(begin <= now < end for begin, end in weather.cuts) or self.rng.random() < weather.loss:
             wire.counts[f"lost_{side}"] += 1
             self.controls[side].discard(key)
@@ -121,8 +123,12 @@ def said(net: Simnet, side: str, at: str) -> dict[str, Any]:
     return {**status["receipts"][side], "paths": [by_id[number] for number in range(len(net.wires))]}
 
 
-def check(net: Simnet, count: Count, *, is_told: bool = True) -> None:
-    """Compare what both ends say of both directions with the count."""
+def check(net: Simnet, count: Count, *, is_told: bool = True, unheard_ms: float = 0.0) -> None:
+    """Compare what both ends say of both directions with the count.
+
+    It knows nothing of a time in which nobody spoke, and nothing was heard for `unheard_ms` or half a second longer.
+    """
+    unheard = (unheard_ms, unheard_ms and unheard_ms + 500)
     net.run(12.0)  # everything is settled, and said
     for side in SIDES:
         expected = count.account(side)
@@ -130,12 +136,12 @@ def check(net: Simnet, count: Count, *, is_told: bool = True) -> None:
             got = said(net, side, at)
             for name in ("packets", "received", "lost", "saved"):
                 assert got[name] == expected[name], f"{at} says {name} {side}"
-            least, most = expected["longest_gap_ms"], count.longest(side)
+            least, most = map(max, unheard, (expected["longest_gap_ms"], count.longest(side)))
             assert least - 0.1 <= got["longest_gap_ms"] <= most + 0.1, f"{at}, {side}"
             for number, (alone, truth) in enumerate(zip(got["paths"], expected["paths"], strict=True)):
                 for name in ("first", "missed", "lost", "outages_bridged"):
                     assert alone[name] == truth[name], f"{at} says {name} {side}"
-                least, most = truth["longest_gap_ms"], count.longest(side, number)
+                least, most = map(max, unheard, (truth["longest_gap_ms"], count.longest(side, number)))
                 assert least - 0.1 <= alone["longest_gap_ms"] <= most + 0.1, f"{at}, {side}"
                 assert alone["bridged_s"] == pytest.approx(truth["bridged_s"], abs=0.002), f"{at}, {side}"
 
@@ -185,6 +191,100 @@ def test_one_direction_of_a_path_has_outages_of_its_own() -> None:
     check(net, count)
     assert said(net, "up", "client")["outages_bridged"] == 1
     assert said(net, "down", "client")["outages_bridged"] == 0
+
+
+def longest_silence(count: Count, side: str, number: int | None = None) -> float:
+    """Return the longest time in ms between two arrivals, of any wire or of one."""
+    arrivals: dict[Key, float] = {}
+    for at, wire, key in sorted(count.came[side]):
+        if number in {None, wire}:
+            arrivals.setdefault(key, at)
+    return 1e3 * max(later - earlier for earlier, later in pairwise(arrivals.values()))
+
+
+@pytest.mark.parametrize("rate", [4.0, 100.0])
+@pytest.mark.parametrize("begin", [2.0, 2.07, 2.2])
+def test_a_stall_of_all_paths_is_a_gap_though_nothing_is_lost(begin: float, rate: float) -> None:
+    net, count = started(0.02, 0.06)
+    for weather in count.weather.values():
+        weather.stalls = [(net.now + begin, net.now + begin + 0.6)]
+    speak(net, 6.0, rate)
+    net.run(9.0)
+    for side in SIDES:
+        for at in ("client", "server"):
+            got = said(net, side, at)
+            assert got["lost"] == got["outages_bridged"] == 0
+            assert got["longest_gap_ms"] == pytest.approx(longest_silence(count, side), abs=0.1), f"{at}, {side}"
+            assert got["longest_gap_ms"] > 500
+
+
+@pytest.mark.parametrize("begin", [2.0, 2.07, 2.2])
+@pytest.mark.parametrize("side", SIDES)
+def test_a_stall_of_one_path_is_a_gap_of_it_alone_and_an_outage_bridged(side: str, begin: float) -> None:
+    net, count = started(0.02, 0.06)
+    count.weather[side, 0].stalls = [(net.now + begin, net.now + begin + 0.6)]
+    speak(net, 6.0)
+    net.run(9.0)
+    for which in SIDES:
+        for at in ("client", "server"):
+            got, is_here = said(net, which, at), which == side
+            assert (got["lost"], got["longest_gap_ms"], got["outages_bridged"]) == (0, 0.0, int(is_here))
+            assert [path["missed"] for path in got["paths"]] == [0, 0]
+            assert got["paths"][1]["longest_gap_ms"] == 0.0
+            expected = longest_silence(count, side, 0) if is_here else 0.0
+            assert got["paths"][0]["longest_gap_ms"] == pytest.approx(expected, abs=0.1), f"{at}, {which}"
+            assert got["paths"][0]["bridged_s"] == pytest.approx(expected / 1e3, abs=0.001)
+
+
+def test_a_stall_that_is_shorter_than_a_probe_interval_is_none() -> None:
+    net, count = started(0.02, 0.06)
+    for weather in count.weather.values():
+        weather.stalls = [(net.now + at, net.now + at + 0.2) for at in (2.0, 3.0, 4.05, 5.11)]
+    speak(net, 8.0)
+    net.run(9.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["longest_gap_ms"] == 0.0
+        assert all(path["longest_gap_ms"] == 0.0 for path in got["paths"])
+
+
+@pytest.mark.parametrize("is_stall", [False, True])
+def test_what_is_not_heard_of_a_path_while_nobody_speaks_is_a_gap_of_it_too(is_stall: bool) -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 3.0)
+    span = [(net.now + 2.0, net.now + 4.0)]
+    if is_stall:
+        count.weather["up", 0].stalls = span
+    else:
+        count.weather["up", 0].cuts = span
+    net.run(6.0)
+    speak(net, 3.0)
+    net.run(9.0)
+    for at in ("client", "server"):
+        up, down = said(net, "up", at), said(net, "down", at)
+        assert 2000 < up["paths"][0]["longest_gap_ms"] < 2600
+        assert up["longest_gap_ms"] == up["paths"][1]["longest_gap_ms"] == up["outages_bridged"] == 0
+        assert 1000 < down["paths"][0]["longest_gap_ms"] < 1500  # then ECHOs come unasked
+        assert down["longest_gap_ms"] == down["paths"][1]["longest_gap_ms"] == down["outages_bridged"] == 0
+
+
+@pytest.mark.parametrize("asleep", [2.0, 3600.0])
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_a_client_that_stands_still_owes_nothing(asleep: float, is_heard: bool) -> None:
+    net, count = started(0.02, 0.06)
+    speak(net, 3.0)
+    for number in range(2):
+        count.weather["up", number].cuts = [] if is_heard else [(net.now, net.now + 0.3)]
+    net.run(0.3)
+    net.is_client_awake = False
+    net.run(asleep)
+    net.is_client_awake = True
+    speak(net, 3.0)
+    net.run(9.0)
+    for at in ("client", "server"):
+        gap = said(net, "up", at)["longest_gap_ms"]
+        assert gap < 1000
+        assert gap == 0 or not is_heard or asleep > 180  # then its first probe has no session to go out under
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -361,7 +461,7 @@ def test_the_last_figures_arrive_though_most_of_what_says_them_is_lost() -> None
     net.run(0.5)
     for weather in count.weather.values():
         weather.cuts = [(net.now, net.now + 4.0)]
-    check(net, count)
+    check(net, count, unheard_ms=4000)
 
 
 def test_a_stock_peer_is_never_told() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -44,6 +45,13 @@ def seen(tapes: list[list[Passage]]) -> dict[str, Any]:
     whole = account({key: number for number, key in enumerate(in_order)}, came, len(tapes))
     lost = [sum(passage.head[28] == TRANSPORT and passage.arrives_at is None for passage in tape) for tape in tapes]
     return {**whole, "lost_datagrams": lost}  # of all sizes; a handshake that is lost is none
+
+
+def longest_silence(tape: list[Passage]) -> float:
+    """Return the longest time between two data packets of a wire."""
+    length = ON_THE_WIRE.to_bytes(2, "big")
+    times = sorted(each.arrives_at for each in tape if each.head[2:4] == length and each.arrives_at is not None)
+    return max(later - earlier for earlier, later in pairwise(times))
 
 
 def misfortunes(tunnel: Tunnel, begun: float) -> None:
@@ -126,7 +134,7 @@ def test_the_receipts_say_what_the_wires_did_and_what_arrived(make_tunnel: Maker
     for name, delay in zip(WIRES, DELAYS, strict=True):
         tunnel.lab.wire(name).set(delay=delay)
     time.sleep(4.0)  # the paths learn their delays, and both ends are told what was while the tunnel came up
-    was_quiet = False
+    was_quiet: list[bool] = []
     for _ in range(ATTEMPTS):
         flows, by_wires, said = live_through(tunnel)
         is_close = True
@@ -137,10 +145,71 @@ def test_the_receipts_say_what_the_wires_did_and_what_arrived(make_tunnel: Maker
                 is_close &= are_gaps_close(said[end], by_wires[way], flow, end, way)
         if is_close:
             return
-        was_quiet |= all(flow.longest_send_gap() < QUIET for flow in flows)
-    if not was_quiet:
+        was_quiet.append(all(flow.longest_send_gap() < QUIET for flow in flows))
+    give_up(was_quiet)
+
+
+def give_up(was_quiet: list[bool]) -> NoReturn:
+    """No attempt had gaps that agree; in some the machine stood still itself."""
+    if not any(was_quiet):
         pytest.skip("other programs kept this machine busy: the counts agree, the gaps cannot be judged")
     pytest.fail("the gaps do not agree; see the notes")
+
+
+def stalls(tunnel: Tunnel, begun: float) -> None:
+    """One uplink keeps everything for a while, then both do; nothing is lost."""
+    first, second = (tunnel.lab.wire(name) for name in WIRES)
+    until(begun + 1.0)
+    first.set(kept_until=time.monotonic() + 0.7)
+    until(begun + 3.0)
+    for wire in (first, second):
+        wire.set(kept_until=begun + 3.5)
+
+
+def test_a_stall_that_loses_nothing_is_a_gap(make_tunnel: Maker) -> None:
+    tunnel = make_tunnel(seed=72)
+    tunnel.begin()
+    for name, delay in zip(WIRES, DELAYS, strict=True):
+        tunnel.lab.wire(name).set(delay=delay)
+    time.sleep(4.0)
+    was_quiet: list[bool] = []
+    for _ in range(ATTEMPTS):
+        for place in ("cl", "sv"):
+            tunnel.must(place, "status", "--reset")
+        for name in WIRES:
+            tunnel.lab.wire(name).tape()
+        before = {end: bridged(status) for end, status in ask(tunnel).items()}
+        traffic = Datagrams(tunnel.lab, 4.5, rate=500, size=PAYLOAD)
+        stalls(tunnel, traffic.begun)
+        flows = traffic.finish()
+        note_flows("stalls", *flows)
+        tapes = [tunnel.lab.wire(name).tape() for name in WIRES]
+        time.sleep(5.0)  # it is settled, and said
+        is_close = True
+        for end, status in ask(tunnel).items():
+            assert bridged(status) == {key: count + (key[1] == 0) for key, count in before[end].items()}
+            for number, way in enumerate(("up", "down")):
+                assert status["receipts"][way]["lost"] == flows[number].lost == 0
+                got, truth = status["receipts"][way]["longest_gap_ms"], flows[number].longest_gap() * 1e3
+                note(f"{end}, {way}: longest gap {got:.1f} ms, by who received it {truth:.1f} ms")
+                assert got > 400
+                is_close &= abs(got - truth) <= 1.0
+                for path in status["paths"]:
+                    alone = path["alone"][way]["longest_gap_ms"]
+                    truth = longest_silence(tapes[path["id"]][number]) * 1e3
+                    note(f"{end}, {way}: path {path['id']} alone {alone:.1f} ms, by the wires {truth:.1f} ms")
+                    is_close &= abs(alone - truth) <= 5.0
+        if is_close:
+            return
+        was_quiet.append(all(flow.longest_send_gap() < QUIET for flow in flows))
+    give_up(was_quiet)
+
+
+def bridged(status: dict[str, Any]) -> dict[tuple[str, int], int]:
+    """Return the outages bridged so far, by way and path."""
+    return {
+        (way, path["id"]): path["alone"][way]["outages_bridged"] for path in status["paths"] for way in ("up", "down")
+    }
 
 
 def check_counts(status: dict[str, Any], expected: dict[str, Any], end: str, way: str) -> None:

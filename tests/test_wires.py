@@ -45,6 +45,15 @@ def test_a_cut_lane_delivers_nothing_and_counts_it() -> None:
     assert cut.counts.cut == cut.counts.packets == 10
 
 
+def test_what_is_kept_leaves_in_order_at_the_end() -> None:
+    keeping = lane(delay=0.020, kept_until=5.0)
+    assert [keeping.arrivals(100, now) for now in (3.0, 4.999, 5.0, 6.0)] == [(5.02,), (5.02,), (5.02,), (6.02,)]
+    keeping.weather.rate = 1000.0
+    assert [keeping.arrivals(100, 3.0) for _ in range(2)] == [(6.02,), (6.02,)]
+    keeping.weather.kept_until = 7.0
+    assert [keeping.arrivals(100, 6.0) for _ in range(2)] == [pytest.approx((7.12,)), pytest.approx((7.22,))]
+
+
 def test_delay_is_exact_and_jitter_stays_within_its_bounds() -> None:
     late = lane(delay=0.020, jitter=0.010)
     delays = [late.arrivals(100, now)[0] - now for now in range(100)]
