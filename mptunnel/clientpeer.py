@@ -352,17 +352,15 @@ class ClientPeer(Peer):
                 if arrival is not None:
                     self._review(other, *arrival, None, now)
                 self._tell_up(other, now)
-        is_bound = path.endpoint == source
-        if is_bound:
-            interval = probe.interval_ms / 1e3
-            self.receipts.gaps.heard(path.id, probe.incarnation, probe.seq, probe.sent_us, interval, now)
+        is_bound, interval = path.endpoint == source, probe.interval_ms / 1e3
+        self.receipts.gaps.heard(path.id, probe.incarnation, probe.seq, probe.sent_us, INF, interval, now)
         settle_at = self.receipts.mark(
             session,
             counter,
             probe.packets,
             now,
             path.id if is_bound else None,
-            probe.interval_ms / 1e3,
+            interval,
             self._paths_in_use(),
         )
         self.timers.at_the_latest(Timer.SETTLE, settle_at)

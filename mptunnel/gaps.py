@@ -9,8 +9,10 @@ packets were lost on every path between the marks around it.
 
 A silence is a gap too if in it nothing at all came by this way for longer than a probe interval, and the next mark
 shows that marks had been due: PROBEs, or what should have answered them, were lost, or were under way for so long (as
-through a modem that keeps everything until it has found another cell). If no packet was due, the gap is the time in
-which marks were; so short a one that a mark was just late is none. A client that stood still itself owed nothing.
+through a modem that keeps everything until it has found another cell). So lost PROBEs make gaps of the way down as well
+where nothing else comes. If no packet was due, the gap is the time in which nothing came. That a mark is just late, by
+up to half an interval, makes no gap unless packets came all the time before. A client that stood still itself owed
+nothing.
 
 A silence from before a restart of the sender until after it is a gap, on every way: what it owed it could not bring.
 
@@ -30,7 +32,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from mptunnel.messages import MAX_PATHS, seconds_between
-from mptunnel.session import NO_PATH, WINDOW
+from mptunnel.session import FIRST_PATH, NO_PATH, WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,22 +41,82 @@ if TYPE_CHECKING:
 
 ALL: Final = MAX_PATHS  # the way that is all paths together
 OUTAGE: Final = 0.3
+IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
 INF: Final = float("inf")
 _GAP: Final = 0.02  # s: shorter silences are not worth a look
 _LATE: Final = 0.01  # s: a mark that was under way for so much longer than the one before it was held up
-_MISSED: Final = 1.5  # waits: for so long nothing is heard where no mark just came late
+_LONG: Final = 1.5  # waits: for so long nothing is heard where no mark just came late
+_LIVELY: Final = 0.05  # s: what comes at least so often comes all the time
+_MANY: Final = 3  # waits: where fewer marks were due than fill the time, something else was going on
+_JUDGED_WITHIN: Final = 1.0  # s after a stretch: the next mark has come, or there is none
 _MAX_SUSPECTS: Final = 16  # silences of one way that wait to be settled, the longest
 
 IS_DATA: Final = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
+
+
+class Stretch:
+    """A time in which nothing at all came by a way, for longer than marks are apart there."""
+
+    __slots__ = ("began_at", "ended_at", "is_long", "owed", "was_lively")
+
+    def __init__(self, began_at: float, ended_at: float, *, is_long: bool, was_lively: bool) -> None:
+        self.began_at, self.ended_at = began_at, ended_at
+        self.is_long = is_long  # too long for a mark that was just late
+        self.was_lively = was_lively  # before it packets came all the time
+        self.owed = 0.0  # s of it in which marks were due, as far as is known yet
+
+    @property
+    def length(self) -> float:
+        """Its length in s."""
+        return self.ended_at - self.began_at
+
+    def judge(self, marks: Marks, owed: float) -> None:
+        """The newest mark of a path shows that marks were due for `owed` seconds, if it can know."""
+        if not self.owed and marks.before_at <= self.began_at and self.length > marks.wait_before:
+            is_many = owed > _MANY * marks.wait_before
+            self.owed = min(owed, self.length) if owed >= self.length or is_many else 0.0
+
+    def is_open(self, now: float) -> bool:
+        """Whether it may still be shown that marks were due in it, or has been."""
+        return self.owed > 0.0 or now - self.ended_at < _JUDGED_WITHIN
+
+
+class Marks:
+    """The marks of one path: PROBEs, or the ECHOs that answer them."""
+
+    __slots__ = ("_came_at", "_incarnation", "_sent_us", "_seq", "before_at", "wait_before")
+
+    def __init__(self) -> None:
+        self._incarnation = self._seq = self._sent_us = 0
+        self._came_at = INF
+        self.before_at = INF  # when the one before the newest came, if of the same incarnation
+        self.wait_before = INF
+
+    def came(self, incarnation: int, seq: int, sent_us: int, later: float, wait: float, now: float) -> float | None:
+        """Take a mark; return for how long marks had been due when it came, None if it was overtaken.
+
+        That is as long as those take that are missing before it, which would have come every `wait` seconds at the
+        latest, and by how much it is late itself; which nobody knows for longer than `later` PROBEs were sent after it.
+        """
+        is_same = incarnation == self._incarnation and self._seq > 0
+        if is_same and seq <= self._seq:
+            return None
+        missing = seq - self._seq - 1
+        late = now - self._came_at - seconds_between(self._sent_us, sent_us) if is_same else 0.0
+        self.before_at, self.wait_before = self._came_at if is_same else INF, wait
+        self._incarnation, self._seq, self._sent_us, self._came_at = incarnation, seq, sent_us, now
+        if not is_same or not (missing or late > _LATE):
+            return 0.0
+        return missing * wait + (wait + late if late <= (later + 1) * wait else 0.0)
 
 
 class Way:
     """A path, or (`bit` 0) all of them: since when it is silent, what it brought last, its gaps so far."""
 
     __slots__ = (
-        "_newest_mark", "at", "bit", "bridged", "bridged_time", "doubted", "fresh", "has_missed", "heard_at", "held",
-        "high", "longest", "lull", "owes", "patience", "session", "stands_by", "unheard", "wait",
+        "at", "bit", "bridged", "bridged_time", "fresh", "heard_at", "held", "high", "lively_since", "longest", "marks",
+        "newest_stretch", "owes", "patience", "session", "stands_by", "stretch", "wait",
     )  # fmt: skip
 
     def __init__(self, bit: int) -> None:
@@ -65,13 +127,12 @@ class Way:
         self.patience = _GAP
         self.held: tuple[float, Session, int] | None = None  # a silence that an old packet has ended
         self.owes = False
+        self.marks = Marks()
         self.heard_at = INF  # when anything came, a mark or a packet
         self.wait = INF  # for how long that may be ago: a probe interval, and some more
-        self.unheard = 0.0  # how long, in this silence, nothing came at all although marks were due
-        self.doubted = 0.0  # the same, while the next mark has still to show whether any were
-        self.has_missed = False  # it was so long that a mark was not just late
-        self.lull = (-INF, 0.0)  # when its last silence ended, and how long it was
-        self._newest_mark: tuple[int, int, int, float] | None = None  # incarnation, number, when sent, when it came
+        self.lively_since = INF  # packets come all the time
+        self.stretch: Stretch | None = None  # the longest in this silence
+        self.newest_stretch: Stretch | None = None
         self.longest = 0.0
         self.fresh = 0.0  # longest since it was taken out last
         self.bridged = 0
@@ -81,53 +142,35 @@ class Way:
     def begin(self, session: Session, counter: int, now: float) -> None:
         """From now on something is due; what was sealed up to `counter` is none of its business any more."""
         if self.at == INF:
-            self.heard_at = now
-            self.forget_unheard()
-        self.at, self.session, self.high, self.owes = now, session, counter, False
+            self.heard_at = now if self.heard_at == INF else max(now, self.heard_at)
+            self.stretch = None
+        self.at = self.lively_since = now
+        self.session, self.high, self.owes = session, counter, False
 
     def rest(self) -> None:
         """It is not known any more that anything is due."""
         self.at, self.owes = INF, False
-        self.forget_unheard()
+        self.lively_since, self.stretch = INF, None
 
-    def owed(self, incarnation: int, number: int, sent_us: int, now: float) -> float:
-        """Return for how long marks had been due when this one came: those since the last one, and this one if late."""
-        before = self._newest_mark
-        if before is not None and before[0] == incarnation and number <= before[1]:
-            return 0.0  # one that was overtaken
-        self._newest_mark = (incarnation, number, sent_us, now)
-        if before is None or before[0] != incarnation:
-            return 0.0
-        late = now - before[3] - seconds_between(before[2], sent_us)
-        if number == before[1] + 1 and late < _LATE:
-            return 0.0
-        return (number - before[1]) * self.wait + max(0.0, late)
-
-    def heard(self, interval: float, now: float) -> None:
-        """A mark came by it; the next one is due in `interval` seconds."""
+    def listen(self, now: float) -> None:
+        """Something comes now: look how long nothing came."""
         silence = now - self.heard_at
-        if self.at < INF and silence > self.wait:
-            self.doubted = max(self.doubted, silence)
-            self.has_missed = self.has_missed or silence > _MISSED * self.wait
-        self.heard_at, self.wait = now, interval + _GAP
+        if self.at < INF and silence > self.wait and (self.stretch is None or silence > self.stretch.length):
+            was_lively = self.heard_at - self.at <= _LIVELY and self.heard_at - self.lively_since >= self.wait
+            is_long = silence > _LONG * self.wait
+            self.stretch = self.newest_stretch = Stretch(self.heard_at, now, is_long=is_long, was_lively=was_lively)
 
-    def judge(self, owed: float) -> None:
-        """The mark shows that marks were due for `owed` seconds while nothing was heard."""
-        self.unheard = max(self.unheard, min(self.doubted, owed))
-        self.doubted = 0.0
+    def unheard_since(self, begin: float, now: float) -> float:
+        """Return how long nothing at all came in a time that began then, if it is not just marks that are apart."""
+        if now - self.heard_at > self.wait:
+            return now - self.heard_at
+        newest = self.newest_stretch
+        return newest.length if newest is not None and newest.ended_at > begin else 0.0
 
-    def missed(self) -> float:
-        """Return for how long nothing at all was heard in this silence, in which no packet was due, and begin anew."""
-        if self.doubted:
-            return 0.0  # not yet
-        unheard = self.unheard if self.has_missed else 0.0
-        self.forget_unheard()
-        return unheard
-
-    def forget_unheard(self) -> None:
-        """What was unheard was so in a silence that is over."""
-        self.unheard = self.doubted = 0.0
-        self.has_missed = False
+    def take_stretch(self, now: float) -> Stretch | None:
+        """Return the longest stretch of a silence that has ended; it is not kept any more."""
+        stretch, self.stretch = self.stretch, None
+        return stretch if stretch is not None and stretch.is_open(now) else None
 
     def note(self, length: float, *, is_bridged: bool) -> None:
         """There was a gap."""
@@ -145,7 +188,7 @@ class Suspect:
     """
 
     __slots__ = (
-        "after", "before", "doubted", "has_loss", "is_filled", "length", "older", "session", "unheard", "way",
+        "_unheard", "after", "before", "has_loss", "is_filled", "length", "older", "session", "stretch", "way",
     )  # fmt: skip
 
     def __init__(
@@ -154,15 +197,20 @@ class Suspect:
         self.way, self.length, self.session, self.before = way, length, session, before
         self.after, self.older = after, older  # `after` is a counter of the older session, if there is one
         self.has_loss = False  # between the marks around it packets were lost on every path
-        self.unheard = 0.0  # how long a gap it was even if nothing was lost
-        self.doubted = 0.0  # how long nothing came at all, while the next mark has still to show whether any were due
+        self.stretch: Stretch | None = None  # the longest in it
+        self._unheard = 0.0  # how long a gap that makes of it, if marks were due all the time
         self.is_filled = False  # meanwhile others have brought what this way has brought later
 
-    def judge(self, owed: float) -> None:
-        """The next mark shows that marks were due for `owed` seconds while nothing was heard."""
-        if self.doubted:
-            self.unheard = max(self.unheard, self.length if owed >= self.doubted else owed)
-            self.doubted = 0.0
+    def has(self, stretch: Stretch, length: float, *, is_filled: bool) -> None:
+        """Nothing at all was heard in it for some time: if marks were due then, it was a gap of this length."""
+        self.stretch, self._unheard, self.is_filled = stretch, length, is_filled
+
+    def unheard(self) -> float:
+        """Return for how long it was a gap even if nothing was lost."""
+        stretch = self.stretch
+        if stretch is None:
+            return 0.0
+        return self._unheard if stretch.owed >= stretch.length else stretch.owed
 
     def begins_before(self, mark: tuple[int, int]) -> bool:
         """Whether some of it was sealed before a mark."""
@@ -197,9 +245,14 @@ class Gaps:
         self._anew: float = INF  # the first session since the sender has begun anew
         self.is_idle = True
 
-    def sender_restarted(self, serial: int) -> None:
-        """The session `serial` is the first one of another run of the sender."""
+    def sender_restarted(self, serial: int, now: float) -> None:
+        """The session `serial` is the first one of another run of the sender; while there was none, marks were due."""
         self._anew = float(serial)
+        for way in self.ways:
+            way.listen(now)
+            way.heard_at = now
+            if way.stretch is not None and way.stretch.is_open(now):
+                way.stretch.owed = way.stretch.length
 
     def stand_by(self, standing: int) -> None:
         """These paths stand by, by bit; they alone would have been silent."""
@@ -210,7 +263,7 @@ class Gaps:
         """Copies of IP packets, first or later ones, came by these ways, all within these counters."""
         for number in numbers:
             way = self.ways[number]
-            if now - way.at > way.patience or now - way.heard_at > way.wait or way.unheard:
+            if now - way.at > way.patience or now - way.heard_at > way.wait or way.stretch is not None:
                 self._look(way, session, low, now)
             way.at = way.heard_at = now
             way.owes = False
@@ -220,26 +273,36 @@ class Gaps:
             elif high > way.high:
                 way.high = high
 
-    def heard(self, path: int, incarnation: int, seq: int, probe_us: int, interval: float, now: float) -> None:
+    def heard(
+        self, path: int, incarnation: int, seq: int, probe_us: int, later: float, interval: float, now: float
+    ) -> None:
         """A mark came by a path, where the next one is due in `interval` seconds.
 
-        It is the PROBE `seq` of this incarnation, sent at `probe_us`, or its ECHO; an unasked one (0) shows nothing.
+        It is the PROBE `seq` of this incarnation, sent at `probe_us`, or its ECHO, and `later` PROBEs are known to have
+        been sent after it; an unasked ECHO (0) shows nothing.
         """
         way, whole = self.ways[path], self.ways[ALL]
-        owed = way.owed(incarnation, seq, probe_us, now) if seq else 0.0
+        wait = way.wait
         for each in (way, whole):
-            each.heard(interval, now)
-        if not seq:
+            each.listen(now)
+            each.heard_at = now
+        way.wait = interval + _GAP
+        if interval <= IN_USE_INTERVAL:  # else others are heard more often
+            whole.wait = way.wait
+        owed = way.marks.came(incarnation, seq, probe_us, later, wait, now) if seq else None
+        if owed is None:
             return
-        way.judge(owed)
-        whole.judge(owed)
+        for stretch in (way.stretch, whole.stretch):
+            if stretch is not None:
+                stretch.judge(way.marks, owed)
         for suspect in self._suspects:
-            if suspect.way is way or suspect.way is whole:
-                suspect.judge(owed)
+            if suspect.stretch is not None and (suspect.way is way or suspect.way is whole):
+                suspect.stretch.judge(way.marks, owed)
 
     def woken(self, session: Session, low: int, now: float) -> None:
         """The tunnel was idle, and IP packets came, `low` the first: every path in use owes them from now on."""
         self.is_idle = False
+        self.ways[ALL].lively_since = now
         for way in self.ways:
             if way.bit & self._in_use and way.at == INF:
                 way.begin(session, low - 1, now)
@@ -257,10 +320,11 @@ class Gaps:
             if is_lacking and number != path:
                 way.owes = True
                 continue
-            unheard = way.missed() if number in {path, ALL} else 0.0  # the others have still to be heard
-            if unheard or ((is_lacking or is_open) and now - way.at > _GAP):
-                suspect = Suspect(way, now - way.at, session, counter, after)
-                suspect.unheard, suspect.is_filled = unheard, is_lacking
+            suspect = Suspect(way, now - way.at, session, counter, after)
+            stretch = way.take_stretch(now) if number in {path, ALL} else None  # the others have still to be heard
+            if stretch is not None and stretch.is_long:
+                suspect.has(stretch, stretch.length, is_filled=is_lacking)
+            if suspect.stretch is not None or ((is_lacking or is_open) and suspect.length > _GAP):
                 self._suspect(suspect)
             way.begin(session, counter, now)
 
@@ -269,8 +333,9 @@ class Gaps:
         self.is_idle = True
         for way in self.ways:
             if not way.owes:
-                if unheard := way.missed():
-                    way.note(unheard, is_bridged=False)
+                stretch = way.take_stretch(INF)
+                if stretch is not None and stretch.is_long:
+                    way.note(stretch.owed, is_bridged=False)
                 way.rest()
 
     def settled(self, session: Session, counter: int, in_use: int, marked_at: float, *, has_loss: bool) -> None:
@@ -325,9 +390,10 @@ class Gaps:
         """A silence has ended with counter `low`: suspect it, if anything was due in it."""
         if way.at == INF:
             return
+        way.listen(now)
         silence, before = now - way.at, way.session
-        if now - way.heard_at > way.wait:
-            way.doubted = max(way.doubted, now - way.heard_at)
+        if silence > _LIVELY:
+            way.lively_since = now
         after = way.high if before is session else -1
         if (before is session and low <= after) or (before is not None and session.serial < before.serial):
             if silence > _GAP and (way.held is None or silence > way.held[0]):  # what was due, a newer one will show
@@ -338,23 +404,20 @@ class Gaps:
             silence = max(silence, way.held[0])
             after = way.held[2] if way.held[1] is session else after
             way.held, way.patience = None, _GAP
-        unheard, doubted = way.unheard, way.doubted
-        way.forget_unheard()
-        if max(silence, unheard, doubted) <= _GAP:
+        stretch = way.take_stretch(now)
+        if stretch is None and silence <= _GAP:
             return
-        way.lull = (now, silence)
         if before is None and way.owes:  # under a session that is gone
-            way.note(max(silence, unheard), is_bridged=way.bit > 0)
+            way.note(silence, is_bridged=way.bit > 0)
             return
         older = None if before is session else before
         suspect = Suspect(way, silence, session, low, way.high if older else after, older)
-        suspect.length, suspect.doubted = max(silence, doubted), doubted
-        suspect.unheard = max(silence, unheard) if unheard else 0.0
-        if unheard or doubted:
-            ended_at, lull = self.ways[ALL].lull
-            is_alone = silence - (lull if now - ended_at < silence else 0.0) > _GAP
-            suspect.is_filled = is_alone and _lacking(session, way.bit, after + 1, session.window.top)[0]
-        if unheard or doubted or any(suspect.lacking()):
+        if stretch is not None and (stretch.is_long or stretch.was_lively):
+            alone = stretch.length - self.ways[ALL].unheard_since(stretch.began_at, now)
+            is_filled = alone > OUTAGE and _filled(session, way.bit, after + 1)
+            is_over = now - stretch.ended_at > _GAP  # a mark has ended it, and nothing was due for a while
+            suspect.has(stretch, stretch.length if is_over else max(silence, stretch.length), is_filled=is_filled)
+        if suspect.stretch is not None or any(suspect.lacking()):
             self._suspect(suspect)
 
     def _suspect(self, suspect: Suspect) -> None:
@@ -367,10 +430,10 @@ class Gaps:
         way = suspect.way
         is_lacking, is_open = suspect.lacking()
         is_restart = suspect.spans(self._anew)
-        has_lost = is_restart or is_lacking or (is_open and suspect.has_loss)
-        if has_lost or suspect.unheard:
-            is_bridged = is_lacking or (suspect.unheard > 0.0 and suspect.is_filled)
-            length = max(suspect.length if has_lost else 0.0, suspect.unheard)
+        has_lost, unheard = is_restart or is_lacking or (is_open and suspect.has_loss), suspect.unheard()
+        if has_lost or unheard:
+            is_bridged = is_lacking or (unheard > 0.0 and suspect.is_filled)
+            length = max(suspect.length if has_lost else 0.0, unheard)
             way.note(length, is_bridged=is_bridged and not is_restart)
 
     def _use(self, in_use: int, session: Session, counter: int, since: float) -> None:
@@ -399,5 +462,15 @@ def _lacking(session: Session, bit: int, first: int, last: int) -> tuple[bool, b
     return data & bits & ~int.from_bytes(paths, "little") != 0, is_open
 
 
+def _filled(session: Session, bit: int, first: int) -> bool:
+    """Return whether another path was the first to bring one of the packets from this counter on."""
+    window = session.window
+    first = max(first, window.top - WINDOW + 1)
+    if window.top < first:
+        return False
+    who = window.deliveries(first, window.top)[0]
+    return any(who.count(FIRST_PATH + path) for path in range(MAX_PATHS) if 1 << path != bit)
+
+
 def _length(suspect: Suspect) -> float:
-    return max(suspect.length, suspect.unheard)
+    return suspect.length

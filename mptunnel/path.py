@@ -466,6 +466,10 @@ class ClientPath(Path):
         """Whether its probes, and the ECHOs that answer them, would soon have numbers that are too large to be said."""
         return self._seq >= MAX_SEQ
 
+    def probes_after(self, seq: int) -> int:
+        """Return how many probes have been sent since this one."""
+        return self._seq - seq
+
     def next_probe(
         self,
         now: float,

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from mptunnel.gaps import ALL, INF, IS_DATA, Gaps
+from mptunnel.gaps import ALL, IN_USE_INTERVAL, INF, IS_DATA, Gaps
 from mptunnel.history import History, path_status, receipt_status
 from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt
 from mptunnel.session import FIRST_PATH, WINDOW
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
-IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 _ALL_PATHS = (1 << MAX_PATHS) - 1
 _MOD32 = 1 << 32
 PAUSES: Final[tuple[float, ...]] = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
@@ -119,7 +118,7 @@ class Receipts:
             if self._said_by.get(path) == packets:
                 self.gaps.quiet(session, counter, path, now)
             self._said_by[path] = packets
-            if interval > IN_USE_INTERVAL:
+            if interval > IN_USE_INTERVAL and not (path is not None and self._standing >> path & 1):
                 self.gaps.idle()
         if is_newer and (not self._marks or now + SETTLE_AFTER - self._marks[-1][0] > MARK_INTERVAL):
             self._marks.append(_Mark(now + SETTLE_AFTER, session, counter, packets, in_use))
@@ -215,7 +214,7 @@ class Receipts:
         self.gaps.forget(path)
         self.history.forget(path)
 
-    def sender_restarted(self, serial: int) -> None:
+    def sender_restarted(self, serial: int, now: float) -> None:
         """With the session `serial` the sender counts from 0 again; the account goes on.
 
         What it had sealed before and did not get here is not known to anybody. It had been expected, so the silence is
@@ -225,7 +224,7 @@ class Receipts:
             self._anew = float(serial)
         self._said_by.clear()
         self._said = ()  # who is told of the account now has heard nothing of it yet
-        self.gaps.sender_restarted(serial)
+        self.gaps.sender_restarted(serial, now)
 
     def successor(self) -> Receipts:
         """Return a new account: the sender counts from 0 again. What has come in so far belongs to the old one."""

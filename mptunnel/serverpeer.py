@@ -477,7 +477,7 @@ class ServerPeer(Peer):
         self.is_stock = self._was_taken_for_stock = False
         if self.server_instance != hello.instance:
             if self.server_instance is not None:
-                self.receipts.sender_restarted(session.serial)
+                self.receipts.sender_restarted(session.serial, now)
                 self.told.teller_restarted((session.serial, -1))
                 self.timers.at_the_latest(Timer.RECEIPT, now)  # so that it knows what there was before it
                 for path in self._open_paths():
@@ -558,7 +558,8 @@ class ServerPeer(Peer):
             self.identity.drops["echo for another path"] += 1
             return
         interval = self._probe_interval if self.in_use(now) else self._idle_probe
-        self.receipts.gaps.heard(path.id, echo.incarnation, echo.seq, echo.probe_us, interval, now)
+        later, until_next = path.probes_after(echo.seq), interval if path.told_use is Use.DATA else self._idle_probe
+        self.receipts.gaps.heard(path.id, echo.incarnation, echo.seq, echo.probe_us, later, until_next, now)
         settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval, self._paths_in_use())
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
         path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)

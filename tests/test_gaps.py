@@ -287,6 +287,75 @@ def test_a_client_that_stands_still_owes_nothing(asleep: float, is_heard: bool) 
         assert gap == 0 or not is_heard or asleep > 180  # then its first probe has no session to go out under
 
 
+@pytest.mark.parametrize("span", [0.3, 0.4])
+def test_where_packets_come_all_the_time_a_stall_need_not_be_long(span: float) -> None:
+    net, count = started(0.02, 0.06)
+    for weather in count.weather.values():
+        weather.stalls = [(net.now + 2.0, net.now + 2.0 + span)]
+    speak(net, 6.0)
+    net.run(9.0)
+    for side in SIDES:
+        got = said(net, side, "client")["longest_gap_ms"]
+        assert got == pytest.approx(longest_silence(count, side), abs=0.1) == pytest.approx(1e3 * span, abs=0.1)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0, 3.0, 3.9])
+@pytest.mark.parametrize("delays", [(0.02,), (0.06, 0.02)])
+def test_jitter_makes_no_gap_of_the_silence_of_an_application_that_speaks_now_and_then(
+    delays: tuple[float, ...], rate: float
+) -> None:
+    net, count = started(*delays)
+    count.set(jitter=0.06)
+    speak(net, 30.0, rate)
+    net.run(9.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["longest_gap_ms"] == got["outages_bridged"] == 0
+        assert [path["longest_gap_ms"] for path in got["paths"]] == [0.0] * len(delays)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0, 4.0, 100.0])
+@pytest.mark.parametrize("is_stall", [False, True])
+def test_an_outage_that_one_packet_was_due_in_is_bridged_by_who_brought_it(rate: float, *, is_stall: bool) -> None:
+    net, count = started(0.02, 0.06)
+    weather = count.weather["up", 0]
+    (weather.stalls if is_stall else weather.cuts).append((net.now + 2.4, net.now + 3.2))
+    speak(net, 6.0, rate)
+    net.run(9.0)
+    assert said(net, "up", "client")["outages_bridged"] == 1
+    assert said(net, "up", "client")["longest_gap_ms"] == 0.0
+
+
+@pytest.mark.parametrize("is_stall", [False, True])
+def test_until_a_standby_path_steps_in_the_tunnel_is_silent(*, is_stall: bool) -> None:
+    net, count = started(0.02, 0.06)
+    net.client.control("paths-priority", Fields({"path": "w1", "priority": "standby"}, "paths-priority"), net.now)
+    net.run(3.0)
+    for side in SIDES:
+        weather = count.weather[side, 0]
+        (weather.stalls if is_stall else weather.cuts).append((net.now + 2.0, net.now + 4.0))
+    speak(net, 7.0)
+    net.run(9.0)
+    for side in SIDES:
+        got, silence = said(net, side, "client")["longest_gap_ms"], longest_silence(count, side)
+        assert got == pytest.approx(silence, abs=0.1)
+        assert got > 650
+
+
+@pytest.mark.parametrize("paths", [1, 2])
+def test_a_nat_that_forgets_while_nobody_speaks_leaves_no_gap(paths: int) -> None:
+    net, _ = started(*(0.02, 0.06)[:paths])
+    speak(net, 3.0)
+    net.run(2.0)
+    for number in range(paths):
+        net.flush_nat(number)
+    net.run(9.0)
+    for side in SIDES:
+        got = said(net, side, "client")
+        assert got["longest_gap_ms"] == 0
+        assert [path["longest_gap_ms"] for path in got["paths"]] == [0.0] * paths
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_packets_that_overtake_each_other_make_no_gap_and_hide_none(seed: int) -> None:
     net, count = started(0.02, 0.06, seed=seed)
@@ -562,16 +631,20 @@ def test_a_restart_of_the_server_in_mid_traffic_is_a_gap_on_the_way_down(seed: i
     assert got["received"] == got["packets"] == len(arrivals)
 
 
-def test_a_server_that_starts_again_while_nobody_speaks_leaves_no_gap() -> None:
+@pytest.mark.parametrize("away", [0.0, 3.0])
+def test_a_server_that_starts_again_while_nobody_speaks_leaves_the_gap_in_which_it_was_not_heard(away: float) -> None:
     net, _ = started(0.02, 0.06)
     speak(net, 4.0)
-    net.after(1.0, net.restart_server)
+    net.after(1.0, net.kill_server)
+    net.after(1.0 + away, net.start_server)
     net.run(8.0)
     speak(net, 4.0)
     net.run(9.0)
     for at in ("client", "server"):
-        for side in SIDES:
-            assert said(net, side, at)["longest_gap_ms"] == 0
+        assert said(net, "up", at)["longest_gap_ms"] == 0
+    heard = [*net.controls("down", Control.ECHO), *net.controls("down", Control.HELLO)]
+    silence = max(later - earlier for earlier, later in pairwise(sorted(heard)) if later - earlier < 10)
+    assert said(net, "down", "client")["longest_gap_ms"] == pytest.approx(1e3 * silence, abs=100)
 
 
 def test_a_path_that_joins_in_mid_traffic_owes_nothing_that_was_sealed_before() -> None:
