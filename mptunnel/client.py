@@ -655,6 +655,9 @@ class Client(Role):
     def _try_otherwise(self, mute: Sequence[ClientPath], now: float) -> None:
         """Reopen paths by the other IP version or another address, those that have only one from another local port."""
         before, speaks = self._ways.copy(), self._peer.speaks
+        up = self._versions_up(now)
+        if up and any(before[path.id].address.version not in up for path in mute):
+            self._servers.version_silent(now)
         for path in mute:
             trials = self._trials[path.id]
             trials.since, trials.turns = now, trials.turns + 1

@@ -1,9 +1,9 @@
 """The server's addresses, at a client: those known, in the order in which they are tried, and when its name is due.
 
 All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
-tunnel, and every 2 s while no address is known. While nothing answers it is looked up outside the tunnel after 30 s,
-after 60 s more and so on, up to every 5 minutes: the server may have moved. When a path has opened meanwhile, whose
-network may know more, that begins anew after 5 s.
+tunnel, every 5 minutes while nothing answers by one of the IP versions, and every 2 s while no address is known. While
+nothing answers at all it is looked up outside the tunnel after 30 s, after 60 s more and so on, up to every 5 minutes:
+the server may have moved. When a path has opened meanwhile, whose network may know more, that begins anew after 5 s.
 
 Not every answer is true: a captive portal gives its own address to every name. So an address is proven only by what
 comes from it. What an answer names is tried when nothing answers, in turn with the proven address of each IP version,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     IPAddress = IPv4Address | IPv6Address
 
 RESOLVE_EVERY: Final = 3600.0
+RESOLVE_SILENT: Final = 300.0  # while nothing answers by an IP version, and the tunnel is up
 RESOLVE_AGAIN: Final = 2.0  # while no address is known
 OUTSIDE_AFTER: Final = 30.0  # s without an answer
 OUTSIDE_SOON: Final = 5.0  # s after a path has opened
@@ -36,7 +37,9 @@ class Servers:
     `named` is what the name leads to now, `kept` what an earlier run has kept (`to_keep`).
     """
 
-    __slots__ = ("_is_literal", "_named", "_pause", "_proven", "known", "outside_at", "resolve_at", "turned_at")
+    __slots__ = (
+        "_asked_at", "_is_literal", "_named", "_pause", "_proven", "known", "outside_at", "resolve_at", "turned_at",
+    )  # fmt: skip
 
     def __init__(self, name: str, named: Iterable[IPAddress], now: float, kept: Iterable[IPAddress] = ()) -> None:
         self._is_literal = _is_literal(name)
@@ -45,7 +48,7 @@ class Servers:
         self._proven = {address.version: address for address in proven}  # that which has answered last, by IP version
         self.known = list(dict.fromkeys([*self._named, *proven]))
         self.turned_at = now  # when another address was tried last
-        self.resolve_at = INF
+        self.resolve_at = self._asked_at = INF
         self.outside_at = INF  # when the name is to be looked up outside the tunnel
         self._pause = OUTSIDE_AFTER
         self.asked(now)
@@ -53,7 +56,7 @@ class Servers:
 
     def asked(self, now: float) -> bool:
         """The name is due; return whether there is anything to look up."""
-        self.resolve_at = now + (RESOLVE_EVERY if self.known else RESOLVE_AGAIN)
+        self._asked_at, self.resolve_at = now, now + (RESOLVE_EVERY if self.known else RESOLVE_AGAIN)
         return not self._is_literal
 
     def next_deadline(self) -> float:
@@ -79,6 +82,10 @@ class Servers:
         """The name is looked up outside the tunnel now; for the next time there is twice as long."""
         self._pause = min(2 * self._pause, OUTSIDE_EVERY)
         self.outside_at = now + self._pause
+
+    def version_silent(self, now: float) -> None:
+        """By one IP version nothing answers, while the other one keeps the tunnel up: the server may have moved."""
+        self.resolve_at = min(self.resolve_at, max(now, self._asked_at + RESOLVE_SILENT))
 
     def still_asking(self, now: float) -> None:
         """It is time to look it up outside the tunnel, but what was asked last time has not been answered."""
