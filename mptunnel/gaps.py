@@ -21,7 +21,9 @@ path ends the silence of all that it came by, and of every path that has brought
 packet is silent until it brings another, or a mark of its own. While the tunnel is idle, so that marks are seconds
 apart, nobody knows when a packet was due: silences begin when data comes again.
 
-A gap on one path that another has filled is an outage bridged, if it was longer than 0.3 s.
+A gap on one path that another has filled is an outage bridged, if it was longer than 0.3 s. What is no longer than a
+millisecond is no gap, and of those up to 20 ms only the longest of some seconds are noted: nobody asks for the others.
+So is it where there are very many: of those that wait to be settled the longest are kept.
 
 Copies of what has come before are not opened. Who can forge a path's source can make its silences look shorter here;
 so all this is shown, and nothing is decided by it.
@@ -35,7 +37,7 @@ from mptunnel.messages import MAX_PATHS, seconds_between
 from mptunnel.session import FIRST_PATH, NO_PATH, WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from mptunnel.session import Session
 
@@ -44,13 +46,16 @@ OUTAGE: Final = 0.3
 IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
 INF: Final = float("inf")
-_GAP: Final = 0.02  # s: shorter silences are not worth a look
+SHORTEST: Final = 0.001  # s: a silence that is no longer is none
+_PATIENCE: Final = 0.02  # s: one that is longer is always looked at, a shorter one if it is the longest lately
+_SLACK: Final = 0.02  # s by which a mark may come late
 _LATE: Final = 0.01  # s: a mark that was under way for so much longer than the one before it was held up
 _LONG: Final = 1.5  # waits: for so long nothing is heard where no mark just came late
 _LIVELY: Final = 0.05  # s: what comes at least so often comes all the time
 _MANY: Final = 3  # waits: where fewer marks were due than fill the time, something else was going on
 _JUDGED_WITHIN: Final = 1.0  # s after a stretch: the next mark has come, or there is none
-_MAX_SUSPECTS: Final = 16  # silences of one way that wait to be settled, the longest
+# Silences of a way that wait to be settled, the longest; more of all paths together, which a slow path may still fill.
+_MAX_SUSPECTS, _MAX_OF_ALL = 16, 64
 
 IS_DATA: Final = bytes(0xFF if who >= NO_PATH else 0 for who in range(256))
 
@@ -124,7 +129,7 @@ class Way:
         self.at = INF  # since when nothing has come; infinity: it is not known that anything was due since
         self.session: Session | None = None
         self.high = -1  # highest counter that it has brought under this session
-        self.patience = _GAP
+        self.patience = SHORTEST  # silences up to this are not worth a look
         self.held: tuple[float, Session, int] | None = None  # a silence that an old packet has ended
         self.owes = False
         self.marks = Marks()
@@ -145,11 +150,11 @@ class Way:
             self.heard_at = now if self.heard_at == INF else max(now, self.heard_at)
             self.stretch = None
         self.at = self.lively_since = now
-        self.session, self.high, self.owes = session, counter, False
+        self.session, self.high, self.owes, self.held = session, counter, False, None
 
     def rest(self) -> None:
         """It is not known any more that anything is due."""
-        self.at, self.owes = INF, False
+        self.at, self.owes, self.held = INF, False, None
         self.lively_since, self.stretch = INF, None
 
     def listen(self, now: float) -> None:
@@ -188,7 +193,8 @@ class Suspect:
     """
 
     __slots__ = (
-        "_unheard", "after", "before", "has_loss", "is_filled", "length", "older", "session", "stretch", "way",
+        "_unheard", "after", "before", "has_loss", "is_filled", "is_lost", "length", "older", "session", "stretch",
+        "way",
     )  # fmt: skip
 
     def __init__(
@@ -199,6 +205,7 @@ class Suspect:
         self.has_loss = False  # between the marks around it packets were lost on every path
         self.stretch: Stretch | None = None  # the longest in it
         self._unheard = 0.0  # how long a gap that makes of it, if marks were due all the time
+        self.is_lost = False  # as was seen last
         self.is_filled = False  # meanwhile others have brought what this way has brought later
 
     def has(self, stretch: Stretch, length: float, *, is_filled: bool) -> None:
@@ -224,11 +231,17 @@ class Suspect:
         """Whether its counters are of this session."""
         return session is self.session or session is self.older
 
+    def is_possible(self) -> bool:
+        """Whether it may still have been a gap: no slower path has filled it meanwhile."""
+        return self.is_lost or self.older is not None or self.stretch is not None or any(self.lacking())
+
     def lacking(self) -> tuple[bool, bool]:
         """Return whether a packet is missing on its path by now, and whether one may be missing everywhere."""
         bit = self.way.bit
         if self.older is None:
-            return _lacking(self.session, bit, self.after + 1, self.before - 1)
+            is_lacking, is_open = _lacking(self.session, bit, self.after + 1, self.before - 1)
+            self.is_lost = is_lacking
+            return is_lacking, is_open
         is_lacking = _lacking(self.older, bit, self.after + 1, self.older.window.top)[0]
         return is_lacking or _lacking(self.session, bit, 0, self.before - 1)[0], True
 
@@ -263,7 +276,14 @@ class Gaps:
         """Copies of IP packets, first or later ones, came by these ways, all within these counters."""
         for number in numbers:
             way = self.ways[number]
-            if now - way.at > way.patience or now - way.heard_at > way.wait or way.stretch is not None:
+            silence = now - way.at
+            is_next = low == way.high + 1 and session is way.session
+            if (
+                (silence > way.patience and (not is_next or silence > _LIVELY))
+                or now - way.heard_at > way.wait
+                or way.held is not None
+                or way.stretch is not None
+            ):
                 self._look(way, session, low, now)
             way.at = way.heard_at = now
             way.owes = False
@@ -286,7 +306,7 @@ class Gaps:
         for each in (way, whole):
             each.listen(now)
             each.heard_at = now
-        way.wait = interval + _GAP
+        way.wait = interval + _SLACK
         if interval <= IN_USE_INTERVAL:  # else others are heard more often
             whole.wait = way.wait
         owed = way.marks.came(incarnation, seq, probe_us, later, wait, now) if seq else None
@@ -310,21 +330,23 @@ class Gaps:
     def quiet(self, session: Session, counter: int, path: int | None, now: float) -> None:
         """A mark under `counter` by `path` says: nothing was sealed for a while before it, and it is the newest."""
         newest = self.ways[ALL]
-        if newest.session is session and newest.high > counter:
+        if newest.session is not None and (newest.session.serial, newest.high) > (session.serial, counter):
             return  # the application speaks again
         for number, way in enumerate(self.ways):
             if way.at == INF or (way.owes and number != path):
                 continue
-            after = way.high if way.session is session else -1
+            silence, after = now - way.at, way.high if way.session is session else -1
+            if way.held is not None:
+                silence, after = max(silence, way.held[0]), way.held[2] if way.held[1] is session else after
             is_lacking, is_open = _lacking(session, way.bit, after + 1, counter - 1)
             if is_lacking and number != path:
                 way.owes = True
                 continue
-            suspect = Suspect(way, now - way.at, session, counter, after)
+            suspect = Suspect(way, silence, session, counter, after)
             stretch = way.take_stretch(now) if number in {path, ALL} else None  # the others have still to be heard
             if stretch is not None and stretch.is_long:
                 suspect.has(stretch, stretch.length, is_filled=is_lacking)
-            if suspect.stretch is not None or ((is_lacking or is_open) and suspect.length > _GAP):
+            if suspect.stretch is not None or ((is_lacking or is_open) and suspect.length > way.patience):
                 self._suspect(suspect)
             way.begin(session, counter, now)
 
@@ -359,7 +381,7 @@ class Gaps:
         self._suspects = [suspect for suspect in self._suspects if not suspect.concerns(session)]
         for way in self.ways:
             if way.held is not None and way.held[1] is session:
-                way.held, way.patience = None, _GAP
+                way.held = None
             if way.session is session:
                 way.owes = way.owes or (
                     way.at < INF and _lacking(session, way.bit, way.high + 1, session.window.top)[0]
@@ -372,6 +394,11 @@ class Gaps:
         self.ways[path] = Way(1 << path)
         self._suspects = [suspect for suspect in self._suspects if suspect.way.bit != 1 << path]
         self._in_use &= ~(1 << path)  # so it is silent from the next mark on
+
+    def ignore(self, longest: Sequence[float]) -> None:
+        """These were the longest gaps lately, by way: shorter ones need not be noted, up to 20 ms."""
+        for way, length in zip(self.ways, longest, strict=True):
+            way.patience = min(_PATIENCE, max(SHORTEST, length))
 
     def ongoing(self, way: Way, now: float) -> float:
         """Return for how long a path that owes a packet has been silent by now, 0 if it is not."""
@@ -396,16 +423,16 @@ class Gaps:
             way.lively_since = now
         after = way.high if before is session else -1
         if (before is session and low <= after) or (before is not None and session.serial < before.serial):
-            if silence > _GAP and (way.held is None or silence > way.held[0]):  # what was due, a newer one will show
+            # What was due, a newer one will show.
+            if silence > way.patience and (way.held is None or silence > way.held[0]):
                 way.held = (silence, session, after) if way.held is None else (silence, *way.held[1:])
-                way.patience = -1.0
             return
         if way.held is not None:
             silence = max(silence, way.held[0])
             after = way.held[2] if way.held[1] is session else after
-            way.held, way.patience = None, _GAP
+            way.held = None
         stretch = way.take_stretch(now)
-        if stretch is None and silence <= _GAP:
+        if stretch is None and silence <= way.patience:
             return
         if before is None and way.owes:  # under a session that is gone
             way.note(silence, is_bridged=way.bit > 0)
@@ -415,7 +442,7 @@ class Gaps:
         if stretch is not None and (stretch.is_long or stretch.was_lively):
             alone = stretch.length - self.ways[ALL].unheard_since(stretch.began_at, now)
             is_filled = alone > OUTAGE and _filled(session, way.bit, after + 1)
-            is_over = now - stretch.ended_at > _GAP  # a mark has ended it, and nothing was due for a while
+            is_over = now - stretch.ended_at > _SLACK  # a mark has ended it, and nothing was due for a while
             suspect.has(stretch, stretch.length if is_over else max(silence, stretch.length), is_filled=is_filled)
         if suspect.stretch is not None or any(suspect.lacking()):
             self._suspect(suspect)
@@ -423,8 +450,11 @@ class Gaps:
     def _suspect(self, suspect: Suspect) -> None:
         self._suspects.append(suspect)
         alike = [other for other in self._suspects if other.way is suspect.way]
-        if len(alike) > _MAX_SUSPECTS:
-            self._suspects.remove(min(alike, key=_length))
+        if len(alike) <= (_MAX_SUSPECTS if suspect.way.bit else _MAX_OF_ALL):
+            return
+        filled = [other for other in alike if not other.is_possible()]
+        for other in filled or (min(alike, key=_length),):
+            self._suspects.remove(other)
 
     def _resolve(self, suspect: Suspect) -> None:
         way = suspect.way

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt, decode_receipt_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Order = tuple[int, int]
     Views = list[tuple[str, Receipt]]
@@ -53,6 +53,10 @@ class History:
         for ring in self._rings:
             ring.gap(way, length)
         self._base_gaps[way] = max(self._base_gaps[way], length)
+
+    def newest_gaps(self) -> Sequence[float]:
+        """Return the longest gaps by way since the newest step of the last minute began."""
+        return self._rings[0].newest_gaps()
 
     def longest(self, way: int, now: float) -> float:
         """Return the longest gap of the last minute."""
@@ -235,6 +239,9 @@ class _Ring:
         for number, (at, said, gaps) in enumerate(self._steps):
             gaps[path] = 0.0
             self._steps[number] = (at, _without(decode_receipt_untrusted(memoryview(said)), path).encode(), gaps)
+
+    def newest_gaps(self) -> Sequence[float]:
+        return self._steps[-1][2] if self._steps else _NO_GAPS
 
     def gaps(self, now: float) -> array[float]:
         """Return the longest gaps of the window by way."""

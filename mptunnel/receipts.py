@@ -194,7 +194,9 @@ class Receipts:
 
     def begin_afresh(self, now: float) -> None:
         """Show from now on what comes on top of what there is."""
+        self._note_gaps(now)
         self.history.restart(self.account(now=now))
+        self.gaps.ignore(self.history.newest_gaps())
 
     def status(self, now: float) -> dict[str, Any]:
         """What `status` shows of it."""
@@ -258,6 +260,7 @@ class Receipts:
             if gap:
                 self.history.gap(number, gap)
                 way.fresh = 0.0
+        self.gaps.ignore(self.history.newest_gaps())
 
     def _has_fallen(self, packets: int) -> bool:
         """Whether the sender says that it has sealed less than before: it was restarted, and has not said so yet."""

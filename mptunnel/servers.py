@@ -1,9 +1,10 @@
 """The server's addresses, at a client: those known, in the order in which they are tried, and when its name is due.
 
 All paths use one address of each IP version: the first. The name is looked up again every hour, through the live
-tunnel, every 5 minutes while nothing answers by one of the IP versions, and every 2 s while no address is known. While
-nothing answers at all it is looked up outside the tunnel after 30 s, after 60 s more and so on, up to every 5 minutes:
-the server may have moved. When a path has opened meanwhile, whose network may know more, that begins anew after 5 s.
+tunnel, every 5 minutes while nothing answers by an IP version that is tried, and every 2 s while no address is known.
+While nothing answers at all it is looked up outside the tunnel after 30 s, after 60 s more and so on, up to every 5
+minutes: the server may have moved. When a path has opened meanwhile, whose network may know more, that begins anew
+after 5 s.
 
 Not every answer is true: a captive portal gives its own address to every name. So an address is proven only by what
 comes from it. What an answer names is tried when nothing answers, in turn with the proven address of each IP version,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-SHORT = 0.02  # s: silences up to this are none
+SHORT = 0.001  # s: silences up to this are none
 OUTAGE = 0.3  # s: longer ones that another wire bridges are outages
 NEARLY = 0.005  # s that a silence may differ between where it was made and where it was seen
 NOBODY = -1  # the wire of a copy that came before its path was bound: it brings the packet, and counts for no path

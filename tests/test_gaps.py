@@ -158,6 +158,20 @@ def test_both_ends_say_of_both_directions_what_the_wires_have_done(delays: tuple
         assert all(path["longest_gap_ms"] > 40 for path in account["paths"])
 
 
+@pytest.mark.parametrize(("loss", "delay"), [(0.02, 0.06), (0.2, 0.06), (0.1, 0.32)])
+def test_gaps_of_a_few_milliseconds_are_told_too(loss: float, delay: float) -> None:
+    net, count = started(0.02, delay)
+    count.spares_control = True
+    speak_through(net, count, 6.0, rate=1000.0, loss=loss)
+    check(net, count)
+    for side in SIDES:
+        got, expected = said(net, side, "client"), count.account(side)
+        assert 1.9 < expected["longest_gap_ms"] < 10
+        assert got["longest_gap_ms"] == pytest.approx(expected["longest_gap_ms"], abs=0.1)
+        for path, truth in zip(got["paths"], expected["paths"], strict=True):
+            assert path["longest_gap_ms"] == pytest.approx(truth["longest_gap_ms"], abs=0.1)
+
+
 def test_a_long_cut_of_one_path_is_a_gap_of_that_path_alone_and_an_outage_bridged() -> None:
     net, count = started(0.02, 0.06)
     for side in SIDES:

@@ -204,8 +204,7 @@ def test_gaps_agree_with_a_plain_account(
     gaps = [(direction.receipts.longest_gap * 1e3, expected["longest_gap_ms"])]
     gaps += [(way.longest * 1e3, path["longest_gap_ms"]) for way, path in zip(ways, expected["paths"], strict=False)]
     for found, real in gaps:
-        if max(found, real) > 30:  # near the 20 ms up to which silences are none, one datagram's jitter decides
-            assert found == pytest.approx(real, abs=1e-6)
+        assert found == pytest.approx(real, abs=1e-6)
     for way, path in zip(ways, expected["paths"], strict=False):
         assert way.bridged == path["outages_bridged"]
         assert way.bridged_time == pytest.approx(path["bridged_s"])
