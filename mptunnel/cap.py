@@ -110,12 +110,12 @@ class Delay:
 
     def queue(self, now: float, samples: int = SAMPLES) -> float:
         """Return how far the delay stands above its floor, in s: the least of the newest samples."""
-        count, since, least = 0, now, INF
+        count, span, least = 0, 0.0, INF
         for at, delay in reversed(self._samples):
-            if count >= samples and now - at > SAMPLES_SPAN:
+            if count >= samples and span >= SAMPLES_LEAST_SPAN and now - at > SAMPLES_SPAN:
                 break
-            count, since, least = count + 1, at, min(least, delay)
-        if count < samples or self._samples[-1][0] - since < SAMPLES_LEAST_SPAN:
+            count, span, least = count + 1, self._samples[-1][0] - at, min(least, delay)
+        if count < samples or span < SAMPLES_LEAST_SPAN:
             return 0.0
         return max(0.0, least - min(self._floors))
 
@@ -410,7 +410,11 @@ def review(
         samples = many
     else:
         jitter = 0.0  # nothing that would be taken for a queue
-    queue = path.way_out.queue(now, samples) - min((other.way_out.queue(now) for other in others), default=0.0)
+    queue = path.way_out.queue(now, samples) - min(
+        (other.way_out.queue(now, HELD_SAMPLES) for other in others), default=0.0
+    )
+    if not others and path.cap.rate is None:
+        queue = 0.0  # it gets everything; and when another one is back, nothing is against it that was not before
     loss = path.loss_out.recent() or 0.0
     is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
     was_held = path.cap.rate is not None

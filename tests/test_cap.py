@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -302,6 +303,25 @@ def test_a_path_that_has_become_longer_is_not_taken_for_a_bloated_one(mbit: floa
     net.run(17.0)
     assert (net.client.paths[1].withheld, guest(net).paths[1].withheld) == before
     assert traffic.is_whole()
+
+
+@pytest.mark.parametrize("dead", [0.4, 2.0])
+@pytest.mark.parametrize(("delays", "rate", "size"), [((0.0125, 0.045), 400.0, 1000), ((0.02, 0.06), 500.0, 200)])
+def test_paths_that_have_become_longer_together_are_not_held_when_one_of_them_dies(
+    delays: tuple[float, float], rate: float, size: int, dead: float
+) -> None:
+    net = Simnet(Wire(delay=0.001), Wire(delay=0.001))
+    net.run(2.0)
+    for wire, delay in zip(net.wires, delays, strict=True):
+        wire.delay = delay
+    traffic = Traffic(net, rate, size)
+    traffic.start(9.0)
+    for at, is_cut in ((4.0, True), (4.0 + dead, False), (5.0 + dead, True), (6.0 + dead, False)):
+        net.after(at, partial(setattr, net.wires[0], "is_cut", is_cut))
+    net.run(12.0)
+    assert traffic.is_whole()
+    for paths in (net.client.paths, net.guest.paths):
+        assert [path.withheld for path in paths.values()] == [0, 0]
 
 
 def test_an_idle_path_that_has_become_longer_gets_everything_from_the_first_packet_on() -> None:
