@@ -46,7 +46,7 @@ OUTAGE: Final = 0.3
 IN_USE_INTERVAL: Final = 1.0  # s: marks that are further apart than this are those of an idle tunnel
 ONGOING: Final = 2.0  # s: who owes a packet for so long will hardly bring it
 INF: Final = float("inf")
-SHORTEST: Final = 0.001  # s: a silence that is no longer is none
+_SHORTEST: Final = 0.001  # s: a silence that is no longer is none
 _PATIENCE: Final = 0.02  # s: one that is longer is always looked at, a shorter one if it is the longest lately
 _SLACK: Final = 0.02  # s by which a mark may come late
 _LATE: Final = 0.01  # s: a mark that was under way for so much longer than the one before it was held up
@@ -129,7 +129,7 @@ class Way:
         self.at = INF  # since when nothing has come; infinity: it is not known that anything was due since
         self.session: Session | None = None
         self.high = -1  # highest counter that it has brought under this session
-        self.patience = SHORTEST  # silences up to this are not worth a look
+        self.patience = _SHORTEST  # silences up to this are not worth a look
         self.held: tuple[float, Session, int] | None = None  # a silence that an old packet has ended
         self.owes = False
         self.marks = Marks()
@@ -398,7 +398,7 @@ class Gaps:
     def ignore(self, longest: Sequence[float]) -> None:
         """These were the longest gaps lately, by way: shorter ones need not be noted, up to 20 ms."""
         for way, length in zip(self.ways, longest, strict=True):
-            way.patience = min(_PATIENCE, max(SHORTEST, length))
+            way.patience = min(_PATIENCE, max(_SHORTEST, length))
 
     def ongoing(self, way: Way, now: float) -> float:
         """Return for how long a path that owes a packet has been silent by now, 0 if it is not."""
