@@ -80,7 +80,6 @@ if TYPE_CHECKING:
 
     from mptunnel.config import Fields, JoinToken, Link
     from mptunnel.events import Job
-    from mptunnel.packet import Buffer
     from mptunnel.path import Path
     from mptunnel.peer import Peer
     from mptunnel.upkeep import Picture
@@ -319,11 +318,11 @@ class Client(Role):
             self._peer.look_again()
         return is_limited
 
-    def send(self, frames: Sequence[memoryview], now: float, inbox: list[Buffer]) -> None:
+    def send(self, frames: Sequence[memoryview], now: float, inbox: list[bytes]) -> None:
         """Take frames from the device; answers of our own to some of them are appended to `inbox`."""
         tunnel, takes_partial = self._tunnel, self._peer.takes_partial
         has_no_ipv6 = tunnel is not None and not tunnel.ipv6_onward
-        packets: list[Buffer] = []
+        packets: list[bytes] = []
         for frame in frames:
             if has_no_ipv6 and frame[VNET_SIZE] >> 4 == 6 and self._answers_ipv6(frame[VNET_SIZE:], inbox):
                 continue
@@ -811,7 +810,7 @@ class Client(Role):
         values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers.known), self._kept)
         self._events.append(RunScript("up", values))
 
-    def _answers_ipv6(self, packet: memoryview, inbox: list[Buffer]) -> bool:
+    def _answers_ipv6(self, packet: memoryview, inbox: list[bytes]) -> bool:
         """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""
         server = None if self._tunnel is None else self._tunnel.peer6
         if server is None or len(packet) < IPV6_HEADER or packet[24:40] == server.packed:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mptunnel.client import Client
     from mptunnel.config import Settings
     from mptunnel.events import Endpoint, Event, Job
-    from mptunnel.packet import Buffer
     from mptunnel.path import Path
     from mptunnel.server import Offer, Server
     from mptunnel.state import StateDir
@@ -102,7 +101,7 @@ class Loop(Generic[R]):
         self._control: ControlServer | None = None
         self._hook = Hook(settings.on_event) if settings.on_event else None
         self._pending: dict[int, tuple[Pending, Any]] = {}
-        self._inbox: list[Buffer] = []
+        self._inbox: list[bytes] = []
         self._wall_at = 0.0
         self._due = -INF  # when the role has to do something
         self._carried_at = -INF  # when packets went the short way last

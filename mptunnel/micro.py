@@ -17,9 +17,8 @@ from mptunnel.noise import SessionKeys
 from mptunnel.session import WINDOW, Session, sealed_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from mptunnel.packet import Buffer
 
 LENGTH: Final = 1420  # of a packet
 RUN: Final = 45  # packets of a super-packet
@@ -75,7 +74,7 @@ def _measure(count: int) -> list[Cost]:
     return [Cost(name, count, spent * 1e6) for name, spent in best.items()]
 
 
-def _round(frame: memoryview, pieces: Sequence[Buffer], count: int, batches: int) -> Iterator[tuple[str, float]]:
+def _round(frame: memoryview, pieces: list[bytes], count: int, batches: int) -> Iterator[tuple[str, float]]:
     """Yield each operation's name and the seconds that it took a packet."""
     sender, receiver = _sessions()
     size, now = sealed_size(LENGTH, LENGTH), time.monotonic()

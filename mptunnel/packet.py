@@ -17,15 +17,15 @@ Sources: linux/virtio_net.h; Documentation/networking/segmentation-offloads.rst;
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 from ipaddress import IPv6Address
-from operator import add, eq, itemgetter
 from typing import TYPE_CHECKING, Final
+
+from librt.strings import BytesWriter, read_i64_be
 
 from mptunnel.errors import BadPacketError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from mypy_extensions import i64, u8
 
 IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
@@ -41,7 +41,6 @@ PLAIN: Final = bytes(VNET_SIZE)
 PLAIN_IPV4: Final = 0x45  # the first byte of a header without options
 LEAST_FRAME: Final = VNET_SIZE + IPV4_HEADER
 _PROTOCOL: Final = VNET_SIZE + 9
-_ALIKE = {4: struct.Struct(">BxH8x4s"), 6: struct.Struct(">B3xH2x16s")}
 _VERSIONS: Final = frozenset({4, 6})
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
@@ -59,6 +58,7 @@ MAX_LENGTH: Final = 65535
 TCP: Final = 6
 UDP: Final = 17
 _FIN, _SYN, _RST, _PSH, _URG, _CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
+_TCP_FLAGS = 13
 _TCP_CHECK = 16
 _UDP_CHECK = 6
 _UDP_HEADER = 8
@@ -101,13 +101,22 @@ def source(packet: Buffer) -> bytes:
     return bytes(packet[12:16] if packet[0] >> 4 == 4 else packet[8:24])
 
 
-def source_and_length(packet: Buffer) -> Callable[[Buffer], tuple[object, ...]] | None:
-    """Return what reads version, header length, length and source of packets like this one, at least 40 bytes long.
-
-    Packets of one length that agree in these pass or fail `trim` together, and have one source. None if it is no IP.
-    """
-    layout = _ALIKE.get(packet[0] >> 4)
-    return None if layout is None else layout.unpack_from
+def are_alike(packets: list[bytes]) -> bool:
+    """Whether packets of one length, at least 40 bytes, pass or fail `trim` together and have one source."""
+    first = packets[0]
+    word, version = read_i64_be(first, 0), first[0] >> 4
+    if version == 4:
+        sender = read_i64_be(first, 12)
+        for packet in packets:
+            if (read_i64_be(packet, 0) ^ word) >> 32 & 0xFF00FFFF or (read_i64_be(packet, 12) ^ sender) >> 32:
+                return False
+        return True
+    if version == 6:
+        for packet in packets:
+            if (read_i64_be(packet, 0) ^ word) >> 16 & 0xFF000000FFFF or not _are_same(packet, first, 8, 24):
+                return False
+        return True
+    return False
 
 
 def destination(packet: Buffer) -> bytes:
@@ -134,13 +143,13 @@ def no_route6(packet: Buffer, own: IPv6Address) -> bytes | None:
 # -- splitting -------------------------------------------------------------------------------------------
 
 
-def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
-    """Return the packets that a frame stands for; one that needs no work is a view of it.
+def split(frame: memoryview, *, takes_partial: bool) -> list[bytes]:
+    """Return the packets that a frame stands for.
 
     `takes_partial`: the receiver knows partial checksums. Raises BadPacketError for a frame that makes no sense.
     """
     flags, kind, _, size, start, offset = VNET.unpack_from(frame)
-    packet = frame[VNET_SIZE:]
+    packet = bytes(frame[VNET_SIZE:])
     if not packet or packet[0] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
         raise BadPacketError(f"no IP packet in a frame of {len(frame)} bytes")
     is_plain = _is_plain(packet, start)
@@ -162,7 +171,7 @@ def split(frame: memoryview, *, takes_partial: bool) -> list[Buffer]:
         raise BadPacketError(f"super-packet of {len(packet)} bytes without payload")
     if count > MOST_SEGMENTS:
         raise BadPacketError(f"super-packet of {count} segments")
-    pieces = _split_tcp(packet, start, body, size, count) if is_tcp else _split_udp(packet, start, body, size, count)
+    pieces = _cut(packet, start, body, size, count, TCP if is_tcp else UDP)
     if takes_partial:
         return pieces
     check = _TCP_CHECK if is_tcp else _UDP_CHECK
@@ -179,7 +188,7 @@ def is_lone(frame: memoryview) -> bool:
     return not frame[0] or (frame[CSUM_START] == IPV4_HEADER and frame[_PROTOCOL] in {TCP, UDP})  # see `_is_plain`
 
 
-def _is_plain(packet: memoryview, start: int) -> bool:
+def _is_plain(packet: bytes, start: int) -> bool:
     """Whether TCP or UDP begins right behind the IP header: there a receiver recognizes a partial checksum.
 
     Other protocols have theirs elsewhere: GRE's is 4 bytes behind its beginning (RFC 2784, 2.1).
@@ -190,145 +199,134 @@ def _is_plain(packet: memoryview, start: int) -> bool:
     return start == IPV6_HEADER and packet[0] >> 4 == 6 and packet[6] in {TCP, UDP}
 
 
-def _with_partial(piece: Buffer, at: int, total: int) -> bytes:
+def _with_partial(piece: bytes, at: int, total: int) -> bytes:
     """Return a segment with this partial checksum, not folded yet."""
     own = bytearray(piece)
     _U16.pack_into(own, at, (total - 1) % 0xFFFF + 1)
     return bytes(own)
 
 
-def _split_tcp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
-    head = bytearray(packet[:body])
-    flags = head[start + 13]
-    last = body + (count - 1) * size
-    if count == 1:
-        return [_tcp_segment(head, packet[body:], start, 0, size, flags)]
-    pieces: list[Buffer] = []
-    if flags & _CWR:
-        pieces.append(_tcp_segment(head, packet[body : body + size], start, 0, size, flags & ~_ENDS))
-    ends_alike = len(packet) - last == size and not flags & _ENDS
-    alike = range(len(pieces), count if ends_alike else count - 1)
-    if alike:
-        own = _tcp_head(head, start, size, flags & ~(_ENDS | _CWR))
-        for few in _few(alike):
-            headers = _headers(own, start, TCP, size, few)
-            pieces += _join(headers, body, packet, body + few.start * size, size)
-    if not ends_alike:
-        pieces.append(_tcp_segment(head, packet[last:], start, count - 1, size, flags & ~_CWR))
+def _cut(packet: bytes, start: int, body: int, size: int, count: int, protocol: int) -> list[bytes]:
+    """Return the segments of a super-packet whose header is `body` bytes long; their checksums are partial."""
+    headers = _Headers(packet, start, body, size, protocol)
+    flags, last, pieces = packet[start + _TCP_FLAGS] if protocol == TCP else 0, count - 1, []
+    for number in range(count):
+        payload = packet[body + number * size : body + (number + 1) * size]
+        if number < 2 or number == last:
+            headers.shape(len(payload), flags & (-1 if number == last else ~_ENDS) & (-1 if number == 0 else ~_CWR))
+        pieces.append(headers.packet(number, payload))
     return pieces
 
 
-def _tcp_segment(head: bytearray, payload: memoryview, start: int, number: int, size: int, flags: int) -> bytes:
-    """Return segment `number` of a super-packet with this header, whole."""
-    own = _tcp_head(head, start, len(payload), flags)
-    return _header(own, start, TCP, size, number) + payload
+class _Headers:
+    """The headers of a super-packet's segments: how each follows from that of segment 0, with which `first` begins.
 
-
-def _tcp_head(head: bytearray, start: int, size: int, flags: int) -> bytearray:
-    """Return the header of a segment with `size` bytes of payload; its number is still that of the first."""
-    own = bytearray(head)
-    own[start + 13] = flags
-    _U16.pack_into(own, start + _TCP_CHECK, _pseudo_sum(own, TCP, len(own) + size - start))
-    _resize(own, len(own) + size)
-    return own
-
-
-def _split_udp(packet: memoryview, start: int, body: int, size: int, count: int) -> list[Buffer]:
-    head = bytearray(packet[:body])
-    last = body + (count - 1) * size
-    own = _udp_head(head, start, size)
-    pieces: list[Buffer] = []
-    for few in _few(range(count - 1)):
-        pieces += _join(_headers(own, start, UDP, size, few), body, packet, body + few.start * size, size)
-    own = _udp_head(head, start, len(packet) - last)
-    _renumber(own, count - 1)
-    pieces.append(b"".join((own, packet[last:])))
-    return pieces
-
-
-def _few(numbers: range) -> Iterable[range]:
-    """Return the numbers in ranges that one long number does well for: what that takes grows with its square."""
-    if len(numbers) <= MAX_SEGMENTS:
-        return (numbers,)
-    return [numbers[at : at + MAX_SEGMENTS] for at in range(0, len(numbers), MAX_SEGMENTS)]
-
-
-def _join(headers: bytes, length: int, packet: memoryview, at: int, size: int) -> Iterable[bytes]:
-    """Return packets of these headers, `length` bytes each, and of the payloads of `size` bytes from `at` on."""
-    count = len(headers) // length
-    return map(add, _array(length, count).unpack(headers), _array(size, count).unpack_from(packet, at))
-
-
-def _udp_head(head: bytearray, start: int, size: int) -> bytearray:
-    own = bytearray(head)
-    _U16.pack_into(own, start + 4, _UDP_HEADER + size)
-    _U16.pack_into(own, start + _UDP_CHECK, _pseudo_sum(own, UDP, _UDP_HEADER + size))
-    _resize(own, len(own) + size)
-    return own
-
-
-def _resize(head: bytearray, length: int) -> None:
-    """Write the length of the whole packet into an IP header."""
-    version = head[0] >> 4
-    if version == 4:
-        _U16.pack_into(head, 2, length)
-        _renumber(head, 0)
-    elif version == 6:
-        _U16.pack_into(head, 4, length - IPV6_HEADER)
-    else:
-        raise BadPacketError(f"super-packet of IP version {version}")
-
-
-def _renumber(head: bytearray, number: int) -> None:
-    """Advance an IPv4 header's identification, and write its checksum anew. IPv6 has neither."""
-    if head[0] >> 4 == 4:
-        ident = (_U16.unpack_from(head, 4)[0] + number) & 0xFFFF
-        _U16.pack_into(head, 4, ident)
-        head[10:12] = b"\0\0"
-        _U16.pack_into(head, 10, checksum(head[: (head[0] & 15) * 4]))
-
-
-def _headers(head: bytearray, start: int, protocol: int, size: int, numbers: range) -> bytes:
-    """Return the headers of the segments of these consecutive numbers, one behind the other, given that of segment 0.
-
-    Taken as one long number, they are the header repeated plus a number that depends on the layout only: a field that
-    counts on does so by the same amount from each header to the next, as long as it does not wrap.
+    TCP or UDP begins at `start`, the payload at `body`; a segment carries `size` bytes, the last one perhaps fewer.
+    An IPv4 identification counts on, modulo 2^16, and its header's checksum with it; a TCP sequence number advances.
     """
-    first, count = _header(head, start, protocol, size, numbers.start), len(numbers)
-    is_ipv4, is_tcp = head[0] >> 4 == 4, protocol == TCP
-    ident, check = (_U16.unpack_from(first, 4)[0], _U16.unpack_from(first, 10)[0]) if is_ipv4 else (0, 0xFFFF)
-    sequence = _U32.unpack_from(first, start + 4)[0] if is_tcp else 0
-    if ident + count > 0xFFFF or check <= count or sequence + count * size > 0xFFFFFFFF:
-        return b"".join(_header(head, start, protocol, size, number) for number in numbers)
-    growth = _growth(len(head), count, start if is_tcp else 0, size if is_tcp else 0, is_ipv4=is_ipv4)
-    return (int.from_bytes(first * count, "big") + growth).to_bytes(len(head) * count, "big")
+
+    __slots__ = (
+        "_addresses", "_body", "_first", "_ident", "_is_ipv4", "_is_tcp", "_length", "_own", "_rest", "_sequence",
+        "_size", "_start",
+    )  # fmt: skip
+
+    def __init__(self, first: bytes, start: i64, body: i64, size: i64, protocol: int) -> None:
+        self._first, self._start, self._body, self._size = first, start, body, size
+        self._is_ipv4, self._is_tcp = first[0] >> 4 == 4, protocol == TCP
+        self._addresses: i64 = _sum_of_addresses(first) + protocol
+        self._ident = read_i64_be(first, 0) >> 16 & 0xFFFF
+        self._sequence = read_i64_be(first, start) & 0xFFFFFFFF
+        self._length = read_i64_be(first, 0) >> 32 & 0xFFFF  # of IPv4
+        self._rest = self._sum_of_the_rest(first) if self._is_ipv4 else 0
+        self._own = BytesWriter()  # what was asked for last
+        self._own.write(first[:body])
+
+    def shape(self, payload: i64, flags: int) -> None:
+        """Make them those of segments of `payload` bytes, with these TCP flags and with partial checksums."""
+        own, start, length = self._own, self._start, self._body + payload
+        if self._is_tcp:
+            own[start + _TCP_FLAGS] = flags
+        else:
+            _put(own, start + 4, length - start)
+        check = _TCP_CHECK if self._is_tcp else _UDP_CHECK
+        _put(own, start + check, _folded(self._addresses + length - start))
+        if self._is_ipv4:
+            self._rest += length - self._length
+            self._length = length
+            _put(own, 2, length)
+        else:
+            _put(own, 4, length - IPV6_HEADER)
+
+    def header(self, number: i64) -> bytes:
+        """Return the header of segment `number`, in the shape that was given last."""
+        self._set(number)
+        return self._own.getvalue()
+
+    def packet(self, number: i64, payload: bytes) -> bytes:
+        """Return segment `number`, whole."""
+        own = self._own
+        self._set(number)
+        own.write(payload)
+        whole = own.getvalue()
+        own.truncate(self._body)
+        return whole
+
+    def has(self, packet: bytes, number: i64) -> bool:
+        """Whether `packet`, as long as the first one, begins with the header of segment `number`, never shaped anew."""
+        first, start, at = self._first, self._start, 0
+        if self._is_ipv4:
+            ident, word = (self._ident + number) & 0xFFFF, read_i64_be(packet, 4)
+            if word >> 48 & 0xFFFF != ident or word & 0xFFFF != 0xFFFF - _folded(self._rest + ident):
+                return False
+            if (word ^ read_i64_be(first, 4)) >> 16 & 0xFFFFFFFF:  # what lies between these two
+                return False
+            if (read_i64_be(packet, 0) ^ read_i64_be(first, 0)) >> 32:
+                return False
+            at = 12
+        if not self._is_tcp:
+            return _are_same(packet, first, at, self._body)
+        if read_i64_be(packet, start) & 0xFFFFFFFF != (self._sequence + number * self._size) & 0xFFFFFFFF:
+            return False
+        return _are_same(packet, first, at, start + 4) and _are_same(packet, first, start + 8, self._body)
+
+    def _set(self, number: i64) -> None:
+        own = self._own
+        if self._is_ipv4:
+            ident = (self._ident + number) & 0xFFFF
+            _put(own, 4, ident)
+            _put(own, 10, 0xFFFF - _folded(self._rest + ident))
+        if self._is_tcp:
+            at, sequence = self._start + 4, self._sequence + number * self._size
+            _put(own, at, sequence >> 16 & 0xFFFF)
+            _put(own, at + 2, sequence & 0xFFFF)
+
+    def _sum_of_the_rest(self, first: bytes) -> i64:
+        """Return the sum of an IPv4 header but for its identification and checksum."""
+        total: i64 = -self._ident - (read_i64_be(first, 4) & 0xFFFF)
+        for at in range(0, min((first[0] & 15) * 4, self._body) - 1, 2):
+            total += first[at] << 8 | first[at + 1]
+        return total
 
 
-@lru_cache(maxsize=1024)
-def _growth(length: int, count: int, start: int, step: int, *, is_ipv4: bool) -> int:
-    """Return what `count` headers of `length` bytes, as one number, have more than the first one repeated."""
-    each = step << (length - start - 8) * 8  # the sequence number ends 8 bytes behind `start`
-    if is_ipv4:
-        each += (1 << (length - 6) * 8) - (1 << (length - 12) * 8)  # the identification up, the checksum down
-    return sum(number * each << (count - 1 - number) * length * 8 for number in range(count))
+def _are_same(one: bytes, other: bytes, low: i64, high: i64) -> bool:
+    """Whether two packets are the same from `low` to `high`, at least 8 bytes."""
+    at = low
+    while at < high - 8:
+        if read_i64_be(one, at) != read_i64_be(other, at):
+            return False
+        at += 8
+    return read_i64_be(one, high - 8) == read_i64_be(other, high - 8)
 
 
-def _header(head: bytearray, start: int, protocol: int, size: int, number: int) -> bytes:
-    """Return the header of one segment, given that of segment 0."""
-    own = bytearray(head)
-    if protocol == TCP:
-        sequence = _U32.unpack_from(head, start + 4)[0] + number * size
-        _U32.pack_into(own, start + 4, sequence & 0xFFFFFFFF)
-    _renumber(own, number)
-    return bytes(own)
+def _put(own: BytesWriter, at: i64, number: int) -> None:
+    """Write a number of 16 bits."""
+    high: u8 = number >> 8  # as an `int` it would be written by a call of the interpreter's
+    low: u8 = number & 0xFF
+    own[at] = high
+    own[at + 1] = low
 
 
-@lru_cache(maxsize=1024)
-def _array(size: int, count: int) -> struct.Struct:
-    return struct.Struct(f"{size}s" * count)
-
-
-def complete(packet: Buffer) -> Buffer:
+def complete(packet: bytes) -> bytes:
     """Return the packet with a full checksum, if it has a partial one."""
     found = _transport(packet)
     if found is None:
@@ -340,7 +338,7 @@ def complete(packet: Buffer) -> Buffer:
     return _completed(packet, start, check - start)
 
 
-def _completed(packet: Buffer, start: int, offset: int) -> bytes:
+def _completed(packet: bytes, start: int, offset: int) -> bytes:
     """Add what the kernel left out: the sum from `start` to the end, the partial one in it included."""
     if len(packet) < start + offset + 2:
         raise BadPacketError(f"checksum at {start} + {offset} in {len(packet)} bytes")
@@ -352,7 +350,7 @@ def _completed(packet: Buffer, start: int, offset: int) -> bytes:
 # -- putting together ------------------------------------------------------------------------------------
 
 
-def coalesce(packets: Sequence[Buffer], *, takes_udp: bool) -> list[tuple[Frame, int]]:
+def coalesce(packets: list[bytes], *, takes_udp: bool) -> list[tuple[Frame, int]]:
     """Return frames for the device, in order, each with the number of packets that it stands for.
 
     `takes_udp`: the kernel knows UDP super-packets (Linux 6.2).
@@ -367,18 +365,18 @@ def coalesce(packets: Sequence[Buffer], *, takes_udp: bool) -> list[tuple[Frame,
             at += 1
             continue
         protocol, start = found
-        count = 1
+        count, headers = 1, None
         if at + 1 < end and len(packets[at + 1]) <= len(packet) and (protocol == TCP or takes_udp):
-            count = _run(packets, at, end, protocol, start)
-        if count > 1:
-            frames.append((_super(packets[at : at + count], protocol, start), count))
+            count, headers = _run(packets, at, end, protocol, start)
+        if count > 1 and headers is not None:
+            frames.append((_super(packets[at : at + count], headers, protocol, start), count))
         else:
             frames.append(([_single_header(packet, protocol, start), packet], 1))
         at += count
     return frames
 
 
-def single(packet: Buffer) -> Frame:
+def single(packet: bytes) -> Frame:
     """Return the frame of one packet."""
     length = len(packet)
     if length >= IPV4_HEADER and packet[0] == PLAIN_IPV4 and not (packet[6] & 0x3F or packet[7]):  # nearly all are so
@@ -394,7 +392,7 @@ def single(packet: Buffer) -> Frame:
     return [PLAIN if found is None else _single_header(packet, *found), packet]
 
 
-def _single_header(packet: Buffer, protocol: int, start: int) -> bytes:
+def _single_header(packet: bytes, protocol: int, start: int) -> bytes:
     offset = _TCP_CHECK if protocol == TCP else _UDP_CHECK
     if protocol == UDP and _U16.unpack_from(packet, start + 4)[0] != len(packet) - start:
         return PLAIN  # its sum is not over all of this
@@ -404,7 +402,7 @@ def _single_header(packet: Buffer, protocol: int, start: int) -> bytes:
     return VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, offset)
 
 
-def _transport(packet: Buffer) -> tuple[int, int] | None:
+def _transport(packet: bytes) -> tuple[int, int] | None:
     """Return protocol and offset of a whole TCP or UDP header; None for anything else, fragments included."""
     if packet[0] >> 4 == 4:
         protocol, start = packet[9], (packet[0] & 15) * 4
@@ -416,82 +414,62 @@ def _transport(packet: Buffer) -> tuple[int, int] | None:
     return (protocol, start) if len(packet) >= start + least else None
 
 
-def _run(packets: Sequence[Buffer], at: int, end: int, protocol: int, start: int) -> int:
-    """Return how many packets from `at` on are one super-packet."""
-    first = packets[at]
+def _run(packets: list[bytes], at: int, end: int, protocol: int, start: int) -> tuple[int, _Headers | None]:
+    """Return how many packets from `at` on are one super-packet, and if it is more than one, their headers."""
+    first, follower = packets[at], packets[at + 1]
     if protocol == TCP:
         body = start + (first[start + 12] >> 4) * 4
-        if first[start + 13] & (_NEVER | _ENDS) or body < start + _TCP_HEADER:
-            return 1
+        if first[start + _TCP_FLAGS] & (_NEVER | _ENDS) or body < start + _TCP_HEADER:
+            return 1, None
     else:
         body = start + _UDP_HEADER
         if _U16.unpack_from(first, start + 4)[0] != len(first) - start:
-            return 1
-    size = len(first) - body
+            return 1, None
+    length, size = len(first), len(first) - body
     if size <= 0 or not _check_is_fine(first, protocol, start):
-        return 1
-    head = bytearray(first[:body])
-    length, number = len(first), 1
-    limit = min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)
+        return 1, None
+    flow = 12 if first[0] >> 4 == 4 else 8  # addresses, and behind them ports
+    if len(follower) <= body or not _are_same(follower, first, flow, start + 4):
+        return 1, None
+    headers = _Headers(first, start, body, size, protocol)
     check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     is_full = first[check] << 8 | first[check + 1] != _pseudo_sum(first, protocol, length - start)
-    flow = slice(12 if first[0] >> 4 == 4 else 8, start + 4)  # addresses and ports
-    if packets[at + 1][flow] != first[flow]:
-        return 1
-    if not is_full:
-        headers = _headers(head, start, protocol, size, range(1, limit))
-        number += _alike(packets[at + 1 : at + limit], length, body, headers)
+    number, limit = 1, min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)
     while number < limit:
-        expected = bytearray(_header(head, start, protocol, size, number))
-        ends = _is_next(packets[at + number], expected, body, start, protocol, is_full=is_full, length=length)
-        if ends is None:
-            break
+        packet = packets[at + number]
+        if is_full or len(packet) != length or not headers.has(packet, number):
+            ends = _is_next(packet, headers, number, first, body, start, protocol, is_full=is_full)
+            if ends is None:
+                break
+            if ends:
+                return number + 1, headers
         number += 1
-        if ends:
-            break
-    return number
-
-
-def _alike(packets: Sequence[Buffer], length: int, body: int, headers: bytes) -> int:
-    """Return how many of the first packets are of this length and begin with these headers, each with its own."""
-    fits = [*map(length.__eq__, map(len, packets))]
-    if False in fits:
-        packets = packets[: fits.index(False)]
-    heads = [*map(itemgetter(slice(body)), packets)]
-    if b"".join(heads) == headers[: body * len(heads)]:
-        return len(heads)
-    same = map(eq, heads, _array(body, len(headers) // body).unpack(headers))
-    return [*same].index(False)
+    return number, headers
 
 
 def _is_next(
-    packet: Buffer, expected: bytearray, body: int, start: int, protocol: int, *, is_full: bool, length: int
+    packet: bytes, headers: _Headers, number: int, first: bytes, body: int, start: int, protocol: int, *, is_full: bool
 ) -> bool | None:
-    """Whether `packet`, expected to begin so, is the last of a run; None if it does not belong to it.
+    """Whether `packet` is the last of a run; None if it does not belong to it.
 
     The last one may be shorter, and may bear FIN and PSH.
     """
-    if not body < len(packet) <= length:
+    if not body < len(packet) <= len(first):
         return None
-    is_last = len(packet) < length
-    if is_last:
-        if protocol == UDP:
-            _U16.pack_into(expected, start + 4, len(packet) - start)
-        _resize(expected, len(packet))
-    if protocol == TCP and packet[start + 13] & _ENDS:
-        is_last = True
-        expected[start + 13] |= packet[start + 13] & _ENDS
-    check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
-    _U16.pack_into(expected, check, _pseudo_sum(expected, protocol, len(packet) - start))
+    flags = first[start + _TCP_FLAGS] | packet[start + _TCP_FLAGS] & _ENDS if protocol == TCP else 0
+    headers.shape(len(packet) - body, flags)
+    expected, check = headers.header(number), start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     if is_full:  # any but a partial one: those are not mixed
         own = packet[check : check + 2]
-        expected[check : check + 2] = own if own != expected[check : check + 2] else b"\0\0"
-    if packet[:body] != expected or (is_full and not _check_is_fine(packet, protocol, start)):
+        if own == expected[check : check + 2] or not _check_is_fine(packet, protocol, start):
+            return None
+        expected = expected[:check] + own + expected[check + 2 :]
+    if not packet.startswith(expected):
         return None
-    return is_last
+    return len(packet) < len(first) or flags & _ENDS != 0
 
 
-def _check_is_fine(packet: Buffer, protocol: int, start: int) -> bool:
+def _check_is_fine(packet: bytes, protocol: int, start: int) -> bool:
     """Whether the checksum is partial, or full and right. No checksum (UDP, 0) cannot be put together again."""
     at = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     check = packet[at] << 8 | packet[at + 1]
@@ -503,29 +481,25 @@ def _check_is_fine(packet: Buffer, protocol: int, start: int) -> bool:
     return check == 0xFFFF - _sum_without(packet, start, check)  # the other form of 0 would not come back as it was
 
 
-def _sum_without(packet: Buffer, start: int, check: int) -> int:
+def _sum_without(packet: bytes, start: int, check: int) -> int:
     """Return the folded sum of pseudo-header and transport part, as if its checksum field were 0."""
     protocol = packet[9] if packet[0] >> 4 == 4 else packet[6]
     total = _pseudo_sum(packet, protocol, len(packet) - start) + _raw_sum(packet[start:]) - check
     return total % 0xFFFF
 
 
-def _super(packets: Sequence[Buffer], protocol: int, start: int) -> Frame:
+def _super(packets: list[bytes], headers: _Headers, protocol: int, start: int) -> Frame:
     first, last = packets[0], packets[-1]
     is_tcp = protocol == TCP
     body = start + ((first[start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
-    head = bytearray(first[:body])
-    payloads = map(itemgetter(slice(body, None)), packets)
-    length = body + (len(first) - body) * (len(packets) - 1) + len(last) - body
-    if is_tcp:
-        head[start + 13] = last[start + 13]
-    else:
-        _U16.pack_into(head, start + 4, length - start)
-    offset = _TCP_CHECK if is_tcp else _UDP_CHECK
-    _U16.pack_into(head, start + offset, _pseudo_sum(head, protocol, length - start))
-    _resize(head, length)
-    kind = GSO_UDP_L4 if not is_tcp else GSO_TCPV4 if head[0] >> 4 == 4 else GSO_TCPV6
-    return [VNET.pack(NEEDS_CSUM, kind, body, len(first) - body, start, offset), head, *payloads]
+    size = len(first) - body
+    headers.shape(size * (len(packets) - 1) + len(last) - body, last[start + _TCP_FLAGS] if is_tcp else 0)
+    kind = GSO_UDP_L4 if not is_tcp else GSO_TCPV4 if first[0] >> 4 == 4 else GSO_TCPV6
+    vnet = VNET.pack(NEEDS_CSUM, kind, body, size, start, _TCP_CHECK if is_tcp else _UDP_CHECK)
+    frame: Frame = [vnet, headers.header(0)]
+    for packet in packets:
+        frame.append(packet[body:])
+    return frame
 
 
 # -- sums ------------------------------------------------------------------------------------------------
@@ -540,17 +514,26 @@ def _raw_sum(data: Buffer) -> int:
     return int.from_bytes(data, "big") << (8 if len(data) % 2 else 0)
 
 
-def _pseudo_sum(packet: Buffer, protocol: int, length: int) -> int:
+def _pseudo_sum(packet: bytes, protocol: int, length: int) -> int:
     """Return the folded, uncomplemented sum of the pseudo-header, as the kernel leaves it in a partial checksum."""
-    addresses = packet[12:20] if packet[0] >> 4 == 4 else packet[8:40]
-    return _fold(bytes(addresses), protocol, length)
+    return _folded(_sum_of_addresses(packet) + protocol + length)
 
 
-@lru_cache(maxsize=4096)
-def _fold(addresses: bytes, protocol: int, length: int) -> int:
-    total = int.from_bytes(addresses, "big") % 0xFFFF + protocol + length
-    return (total - 1) % 0xFFFF + 1  # 0xFFFF, not 0, as folding a sum that is not zero gives
+def _sum_of_addresses(packet: bytes) -> i64:
+    """Return the sum of the two addresses, not folded."""
+    total: i64 = 0
+    at: i64 = 12 if packet[0] >> 4 == 4 else 8
+    end: i64 = 20 if packet[0] >> 4 == 4 else 40
+    while at < end:
+        word = read_i64_be(packet, at)
+        total += (word >> 48 & 0xFFFF) + (word >> 32 & 0xFFFF) + (word >> 16 & 0xFFFF) + (word & 0xFFFF)
+        at += 8
+    return total
+
+
+def _folded(total: i64) -> i64:
+    """Fold a sum that is not zero: it becomes 0xFFFF, not 0."""
+    return (total - 1) % 0xFFFF + 1
 
 
 _U16 = struct.Struct(">H")
-_U32 = struct.Struct(">I")

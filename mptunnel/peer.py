@@ -36,7 +36,7 @@ from mptunnel.errors import BadPacketError, NotAuthenticError
 from mptunnel.events import Notice, Transmit
 from mptunnel.history import Told
 from mptunnel.messages import MAC_SIZE, MACS_SIZE, Capability
-from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, complete, source_and_length, trim
+from mptunnel.packet import IPV4_HEADER, IPV6_HEADER, PLAIN_IPV4, are_alike, complete, trim
 from mptunnel.packet import source as packet_source
 from mptunnel.path import Overruns
 from mptunnel.receipts import SETTLE_AFTER, Receipts
@@ -205,7 +205,7 @@ class Peer:
 
     # -- sending ---------------------------------------------------------------------------------------
 
-    def send(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+    def send(self, packets: list[bytes], now: float, out: list[Transmit]) -> None:
         """Seal IP packets and append what goes on the wire to `out`, or stage them until there is a session."""
         if now < self.short_until and len(packets) == 1:
             datagram, ways = self.seal_one(packets[0], now)
@@ -227,7 +227,7 @@ class Peer:
             self._owe(waiting * size, now)
         return datagram, self._ways
 
-    def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+    def _send_batch(self, packets: list[bytes], now: float, out: list[Transmit]) -> None:
         """Do what `send` does, the long way."""
         session = self.current
         self.data_at = now
@@ -242,7 +242,7 @@ class Peer:
         if self._wants_successor(session, now):
             self._want_handshake(now, out)
 
-    def _send_runs(self, session: Session, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+    def _send_runs(self, session: Session, packets: list[bytes], now: float, out: list[Transmit]) -> None:
         """Send packets in order: where one has to wait, all behind it do."""
         for run, size in runs(packets, self.tunnel_mtu or self.mtu):
             if self._staged:
@@ -250,14 +250,14 @@ class Peer:
             else:
                 self._send_run(session, run, size, now, out)
 
-    def _send_run(self, session: Session, run: Sequence[Buffer], size: int, now: float, out: list[Transmit]) -> None:
+    def _send_run(self, session: Session, run: list[bytes], size: int, now: float, out: list[Transmit]) -> None:
         """Seal packets into datagrams of `size` bytes, the last one perhaps shorter, and give them to the paths."""
         count = len(run)
         chosen = self._choose(count, size, now)
         if not chosen:
             self._stage(run, now)
             return
-        rest: Sequence[Buffer] = ()
+        rest: list[bytes] = []
         most = max(given for _, _, given in chosen)
         if most < count:  # nobody takes the rest of the run with this call
             count, run, rest = most, run[:most], run[most:]
@@ -358,7 +358,7 @@ class Peer:
         ):
             self._takes_short_until = now + SHORT_WAY
 
-    def _stage(self, packets: Sequence[Buffer], now: float) -> None:
+    def _stage(self, packets: list[bytes], now: float) -> None:
         lost = len(self._staged) + len(packets) - MAX_STAGED
         if lost > 0:
             self.identity.drops["staged too long"] += lost
@@ -404,11 +404,11 @@ class Peer:
     def receive(
         self,
         session: Session,
-        datagrams: memoryview,
+        datagrams: bytes,
         size: int,
         source: Any,
         now: float,
-        inbox: list[Buffer],
+        inbox: list[bytes],
         out: list[Transmit],
     ) -> bool:
         """Take a run of type 4 datagrams under `session` from `source`; append IP packets to `inbox`.
@@ -457,7 +457,7 @@ class Peer:
         datagram: memoryview,
         source: Any,
         now: float,
-        inbox: list[Buffer],
+        inbox: list[bytes],
         out: list[Transmit],
     ) -> bool:
         """Take a datagram that came alone: what `receive` does, without what is only worth its while for many.
@@ -505,7 +505,7 @@ class Peer:
         path: Path | None,
         size: int,
         now: float,
-        inbox: list[Buffer],
+        inbox: list[bytes],
         out: list[Transmit],
     ) -> None:
         """Take the plaintext of a datagram of `size` bytes that came alone, whatever it is."""
@@ -542,7 +542,7 @@ class Peer:
         except BadPacketError:
             self.identity.drops["malformed control message"] += 1
 
-    def _take_alike(self, plain: list[bytes], inbox: list[Buffer]) -> int:
+    def _take_alike(self, plain: list[bytes], inbox: list[bytes]) -> int:
         """Take the packets of a run, but for its last one, if what a packet is judged by is the same in all.
 
         Returns how many were taken. They are of one length: only the last of a run may be shorter.
@@ -550,8 +550,7 @@ class Peer:
         first, bulk = plain[0], plain[:-1]
         if len(first) < IPV6_HEADER:
             return 0
-        judged_by = source_and_length(first)
-        if judged_by is None or [*map(judged_by, bulk)].count(judged_by(first)) < len(bulk):
+        if not are_alike(bulk):
             return 0
         try:
             length = len(trim(first))
@@ -563,7 +562,7 @@ class Peer:
         self.bytes_received += length * len(bulk)
         return len(bulk)
 
-    def _take_packet(self, plain: bytes, counter: int, data: list[int], inbox: list[Buffer]) -> None:
+    def _take_packet(self, plain: bytes, counter: int, data: list[int], inbox: list[bytes]) -> None:
         if plain[0] == PLAIN_IPV4 and len(plain) >= IPV4_HEADER and plain[2] << 8 | plain[3] == len(plain):
             packet, its_source = plain, plain[12:16]  # nearly all are so: nothing to trim
         else:

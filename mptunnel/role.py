@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mptunnel.events import Endpoint
-    from mptunnel.packet import Buffer
 
 MAX_COLLECTED: Final = 64  # handshake messages in one turn
 MAX_TAKEN: Final = 8
@@ -111,7 +110,7 @@ class Role:
         self._events = []
         return events
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> bool:
+    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[bytes]) -> bool:
         """Take datagrams of `size` bytes each (the last may be shorter) that came from one source.
 
         IP packets are appended to `inbox`. Returns whether that is all for now; else `finish_turn` is due in this turn.
@@ -119,7 +118,7 @@ class Role:
         if self._meter is not None:
             self._meter(source, -(-len(datagrams) // max(1, size)), len(datagrams))
         if len(datagrams) > size:
-            for run in same_headers(datagrams, size):
+            for run in same_headers(bytes(datagrams), size):
                 self._receive_run(run, size, source, now, inbox)
             return False
         if len(datagrams) >= OVERHEAD:
@@ -157,7 +156,7 @@ class Role:
         for peer in self.ledger.owing:
             peer.book()
 
-    def _receive_run(self, run: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
+    def _receive_run(self, run: bytes, size: int, source: Any, now: float, inbox: list[bytes]) -> None:
         if len(run) > size and len(run) % size and len(run) % size < OVERHEAD:
             self.drops["malformed datagram"] += 1  # the short one at the end of a run
             run = run[: len(run) // size * size]
@@ -173,7 +172,7 @@ class Role:
         for at in range(0, max(1, len(run)), size):
             self._collect(run[at : at + size], source)
 
-    def _collect(self, datagram: memoryview, source: Any) -> None:
+    def _collect(self, datagram: bytes | memoryview, source: Any) -> None:
         kind = int.from_bytes(datagram[:4], "little") if len(datagram) >= HEADER_SIZE else 0
         if _HANDSHAKE_SIZES.get(kind) != len(datagram):
             self.drops["malformed datagram"] += 1

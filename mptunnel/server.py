@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from mptunnel.config import Fields, Network, PeerRecord, TokenRecord
     from mptunnel.events import Endpoint, Event
-    from mptunnel.packet import Buffer
     from mptunnel.path import Path
     from mptunnel.peer import Peer
     from mptunnel.session import Session
@@ -140,7 +139,7 @@ class Server(Role):
 
     def send(self, frames: Sequence[memoryview], now: float) -> None:
         """Take frames from the device; what consecutive ones hold for one client goes there as a batch."""
-        batch: list[Buffer] = []
+        batch: list[bytes] = []
         peer: ClientPeer | None = None
         for frame in frames:
             address = destination(frame[VNET_SIZE:]) if len(frame) > VNET_SIZE else b""

@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from mptunnel.alarm import Alarm
     from mptunnel.events import Transmit
     from mptunnel.noise import Remote
-    from mptunnel.packet import Buffer
     from mptunnel.session import Session
 
 log = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ class ServerPeer(Peer):
 
     # -- sending and receiving -------------------------------------------------------------------------
 
-    def _send_batch(self, packets: Sequence[Buffer], now: float, out: list[Transmit]) -> None:
+    def _send_batch(self, packets: list[bytes], now: float, out: list[Transmit]) -> None:
         """See `Peer._send_batch`; the first packets after a pause also make every path known again."""
         was_idle = not self.in_use(now)
         if self._owes_hello:

@@ -17,13 +17,17 @@ import mmap
 import struct
 from functools import lru_cache
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from librt.strings import BytesWriter, read_i64_le, write_i64_le
 
 from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from mypy_extensions import i64
 
     from mptunnel.noise import SessionKeys
     from mptunnel.packet import Buffer
@@ -45,7 +49,6 @@ FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 _LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
-_COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(PADDING)
 _nonce, _nonces, _Forged = CIPHER.nonce, CIPHER.nonces, CIPHER.Forged
 
@@ -211,44 +214,43 @@ class Session:
             packet = b"".join((packet, _ZEROS[:lacking]))
         return head + self._seal(_nonce(counter), bytes(packet), NO_DATA)
 
-    def seal_run(self, packets: Sequence[Buffer], limit: int) -> bytes:
+    def seal_run(self, packets: list[bytes], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
 
         They are padded like that of `seal`.
         """
-        count = len(packets)
-        counters = range(self.counter, self.counter + count)
-        self.counter += count
-        if any(_lacking(length, limit) for length in set(map(len, packets))):
-            packets = [_padded(packet, limit) for packet in packets]
-        plain: Sequence[Any] = packets if {*map(type, packets)} == {bytes} else [*map(bytes, packets)]
-        parts = [_START.pack(TRANSPORT, self.remote_index)] * (3 * count)
-        parts[1::3] = map(_COUNTER.pack, counters)
-        parts[2::3] = map(self._seal, _nonces(counters), plain, repeat(NO_DATA))
-        return b"".join(parts)
+        counter, plain = self.counter, _padded(packets, limit)
+        self.counter = counter + len(plain)
+        nonces = _nonces(range(counter, self.counter))
+        start, run = _START.pack(TRANSPORT, self.remote_index), BytesWriter()
+        for sealed in map(self._seal, nonces, plain, repeat(NO_DATA)):  # each is copied while it is in the cache
+            run.write(start)
+            write_i64_le(run, counter)
+            run.write(sealed)
+            counter += 1
+        return run.getvalue()
 
-    def open(self, datagrams: memoryview, size: int, path: int | None, now: float) -> Opened:
+    def open(self, datagrams: Buffer, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
 
         A copy of what has come in already is dropped for the price of looking at its counter. `path` is the bound
         path they came by, None if there is none; it is credited with every counter once.
         """
-        opened = Opened()
-        counters = read_counters(datagrams, size)
+        opened, run = Opened(), bytes(datagrams)
+        count = -(-len(run) // size)
         if not self.is_alive(now):
-            opened.expired = len(counters)
+            opened.expired = count
             return opened
-        count = len(counters)
-        is_run = count > 1 and counters[-1] - counters[0] == count - 1 and counters == _consecutive(counters[0], count)
-        if is_run and self.window.seen_run(counters[0], count):
+        first = _first_of_consecutive(run, size) if count > 1 else -1
+        if first >= 0 and self.window.seen_run(first, count):
             opened.repeated = count
             if path is not None:
-                opened.credited = self.window.credit_run(counters[0], count, path)
-                opened.low, opened.high = counters[0], counters[-1]
-        elif is_run and counters[0] > self.window.top:
-            self._open_fresh_run(datagrams, size, counters, path, opened)
+                opened.credited = self.window.credit_run(first, count, path)
+                opened.low, opened.high = first, first + count - 1
+        elif first > self.window.top:
+            self._open_fresh_run(run, size, first, count, path, opened)
         else:
-            self._open_singly(datagrams, size, counters, path, opened)
+            self._open_singly(run, size, path, opened)
         return opened
 
     def open_one(self, datagram: memoryview, counter: int, path: int | None, now: float) -> bytes | Refused:
@@ -271,27 +273,22 @@ class Session:
         """Forget everything; the keys go with the object."""
         self.window.close()
 
-    def _open_fresh_run(
-        self, datagrams: memoryview, size: int, counters: Sequence[int], path: int | None, opened: Opened
-    ) -> None:
-        length = len(datagrams)
-        sealed = _bodies(size, len(counters), length % size or size).unpack_from(datagrams)
+    def _open_fresh_run(self, run: bytes, size: int, first: int, count: int, path: int | None, opened: Opened) -> None:
+        counters, opens, plain, at = range(first, first + count), self._open, opened.plain, 0
         try:
-            plain = list(map(self._open, _nonces(counters), sealed, repeat(NO_DATA)))
+            for nonce in _nonces(counters):
+                plain.append(opens(nonce, run[at + HEADER_SIZE : at + size], NO_DATA))
+                at += size
         except _Forged:  # one of them is not authentic: find out which
-            self._open_singly(datagrams, size, counters, path, opened)
+            opened.plain = []
+            self._open_singly(run, size, path, opened)
             return
-        if counters[-1] >= REJECT_AFTER_MESSAGES:
-            opened.bad = len(counters)
-            return
-        opened.plain, opened.counters = plain, counters
-        self.window.mark_run(counters[0], len(counters), path)
+        opened.counters = counters
+        self.window.mark_run(first, count, path)
 
-    def _open_singly(
-        self, datagrams: memoryview, size: int, counters: Sequence[int], path: int | None, opened: Opened
-    ) -> None:
+    def _open_singly(self, run: bytes, size: int, path: int | None, opened: Opened) -> None:
         window, fresh = self.window, []
-        for number, counter in enumerate(counters):
+        for number, counter in enumerate(read_counters(run, size)):
             refused = window.refuses(counter, path) if counter <= window.top else None
             if refused is not None:
                 if refused is Refused.LATE:
@@ -305,7 +302,7 @@ class Session:
                 continue
             at = number * size
             try:
-                plain = self._open(_nonce(counter), bytes(datagrams[at + HEADER_SIZE : at + size]), NO_DATA)
+                plain = self._open(_nonce(counter), run[at + HEADER_SIZE : at + size], NO_DATA)
             except _Forged:
                 opened.bad += 1
                 continue
@@ -324,21 +321,22 @@ def sealed_size(length: int, limit: int) -> int:
     return (max(length, limit) if padded > limit > 0 else padded) + OVERHEAD
 
 
-def runs(packets: Sequence[Buffer], limit: int) -> Iterable[tuple[Sequence[Buffer], int]]:
+def runs(packets: list[bytes], limit: int) -> Iterable[tuple[list[bytes], int]]:
     """Return the packets in runs that one call can send, each with the size of its datagrams.
 
     All of a run are sealed to one size, but for the last one, which may be shorter. `limit` is that of `seal`.
     """
-    lengths = [*map(len, packets)]
-    count = len(lengths)
-    if 0 < count <= MAX_SEGMENTS and lengths.count(lengths[0]) == count:  # as a rule they are the pieces of one frame
-        size = sealed_size(lengths[0], limit)
-        if count * size <= MAX_RUN:
-            return [(packets, size)]
-    return _runs(packets, lengths, limit)
+    count = len(packets)
+    if not count or not _are_even(packets):
+        return _runs(packets, [*map(len, packets)], limit)
+    size = sealed_size(len(packets[0]), limit)  # as a rule they are the pieces of one frame
+    each = _per_call(count, size)
+    if each == count:
+        return [(packets, size)]
+    return [(packets[at : at + each], size) for at in range(0, count, each)]
 
 
-def _runs(packets: Sequence[Buffer], lengths: list[int], limit: int) -> Iterator[tuple[Sequence[Buffer], int]]:
+def _runs(packets: list[bytes], lengths: list[int], limit: int) -> Iterator[tuple[list[bytes], int]]:
     sealed = {length: sealed_size(length, limit) for length in set(lengths)}
     sizes = [*map(sealed.__getitem__, lengths)]
     at = 0
@@ -348,15 +346,20 @@ def _runs(packets: Sequence[Buffer], lengths: list[int], limit: int) -> Iterator
         alike = len(ahead)
         if ahead.count(size) < alike:
             alike = next(number for number, other in enumerate(ahead) if other != size)
-        calls = -(-alike // max(1, min(MAX_SEGMENTS, MAX_RUN // size)))
-        count = -(-alike // calls)  # calls of about equal size, not full ones and a rest
+        count = _per_call(alike, size)
         if count == alike < min(len(ahead), MAX_SEGMENTS) and ahead[count] < size <= MAX_RUN // (count + 1):
             count += 1
         yield packets[at : at + count], size
         at += count
 
 
-def read_counters(datagrams: memoryview, size: int) -> tuple[int, ...]:
+def _per_call(count: int, size: int) -> int:
+    """Return how many of `count` datagrams of one size go with a call: about as many with each, not all and a rest."""
+    calls = -(-count // max(1, min(MAX_SEGMENTS, MAX_RUN // size)))
+    return -(-count // calls)
+
+
+def read_counters(datagrams: Buffer, size: int) -> tuple[int, ...]:
     """Return the counters of a run of type 4 datagrams of `size` bytes each, the last perhaps shorter."""
     length = len(datagrams)
     if length <= size:
@@ -364,34 +367,21 @@ def read_counters(datagrams: memoryview, size: int) -> tuple[int, ...]:
     return _counters(size, -(-length // size)).unpack_from(datagrams)
 
 
-def same_headers(datagrams: memoryview, size: int) -> Iterable[memoryview]:
-    """Return runs of consecutive datagrams that have the same type and index; as a rule that is all of them at once."""
-    heads = _heads(size, -(-len(datagrams) // size), len(datagrams) % size or size).unpack_from(datagrams)
-    if heads.count(heads[0]) == len(heads):
-        return [datagrams]
-    return _cut(datagrams, size, heads)
+def same_headers(datagrams: bytes, size: i64) -> list[bytes]:
+    """Return runs of consecutive datagrams that have the same type and index; as a rule that is all of them at once.
 
-
-def _cut(datagrams: memoryview, size: int, heads: Sequence[bytes]) -> Iterator[memoryview]:
-    start = 0
-    for number in range(1, len(heads) + 1):
-        if number == len(heads) or heads[number] != heads[start]:
-            yield datagrams[start * size : number * size]
-            start = number
-
-
-@lru_cache(maxsize=1024)
-def _heads(size: int, count: int, last: int) -> struct.Struct:
-    """Return a layout that reads the first 8 bytes of each datagram (fewer of one that is shorter)."""
-    each = f"{min(8, size)}s{max(0, size - 8)}x"
-    return struct.Struct("<" + each * (count - 1) + f"{min(8, last)}s")
-
-
-@lru_cache(maxsize=1024)
-def _bodies(size: int, count: int, last: int) -> struct.Struct:
-    """Return a layout that reads what is sealed of each datagram."""
-    each = f"{HEADER_SIZE}x{size - HEADER_SIZE}s"
-    return struct.Struct("<" + each * (count - 1) + f"{HEADER_SIZE}x{last - HEADER_SIZE}s")
+    All of them are `size` bytes long, at least 8, but for the last one, which is a run of its own if it is below that.
+    """
+    runs = []
+    start: i64 = 0
+    at, end = size, len(datagrams) - 8
+    while at < len(datagrams):
+        if at > end or read_i64_le(datagrams, at) != read_i64_le(datagrams, start):
+            runs.append(datagrams[start:at])
+            start = at
+        at += size
+    runs.append(datagrams[start:] if start else datagrams)
+    return runs
 
 
 @lru_cache(maxsize=1024)
@@ -399,8 +389,16 @@ def _counters(size: int, count: int) -> struct.Struct:
     return struct.Struct("<" + f"8xQ{size - HEADER_SIZE}x" * (count - 1) + "8xQ")
 
 
-def _consecutive(first: int, count: int) -> tuple[int, ...]:
-    return tuple(range(first, first + count))
+def _first_of_consecutive(run: bytes, size: i64) -> i64:
+    """Return the first counter of a run if they count on, from one datagram to the next; else -1."""
+    first = expected = read_i64_le(run, 8)
+    at = 8 + size
+    while at < len(run):
+        expected += 1
+        if read_i64_le(run, at) != expected:
+            return -1
+        at += size
+    return first if 0 <= first < REKEY_AFTER_MESSAGES else -1  # what is beyond is looked at one by one
 
 
 def _spans(first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -420,9 +418,23 @@ def _lacking(length: int, limit: int) -> int:
     return max(0, limit - length) if length + lacking > limit > 0 else lacking
 
 
-def _padded(packet: Buffer, limit: int) -> Buffer:
-    lacking = _lacking(len(packet), limit)
-    return b"".join((packet, _ZEROS[:lacking])) if lacking else packet
+def _padded(packets: list[bytes], limit: int) -> list[bytes]:
+    length: i64 = -1
+    lacking, padded = 0, []
+    for packet in packets:
+        if len(packet) != length:
+            length = len(packet)
+            lacking = _lacking(length, limit)
+        padded.append(packet + _ZEROS[:lacking] if lacking else packet)
+    return padded
+
+
+def _are_even(packets: list[bytes]) -> bool:
+    length = len(packets[0])
+    for packet in packets:  # noqa: SIM110  a comprehension is a call a packet when it is compiled
+        if len(packet) != length:
+            return False
+    return True
 
 
 assert TAG_SIZE == OVERHEAD - HEADER_SIZE  # noqa: S101

@@ -22,9 +22,7 @@ from mptunnel.errors import ConfigError, HostError, NotPermittedError
 from mptunnel.packet import VNET_SIZE, coalesce, single
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mptunnel.packet import Buffer, Frame
+    from mptunnel.packet import Frame
 
 CLONE_DEVICE: Final = "/dev/net/tun"
 MAX_FD: Final = 1024  # select() takes none above
@@ -94,7 +92,7 @@ class Tun:
             raise
         return self._buffers[0][: length + self._skipped]
 
-    def write(self, packets: Sequence[Buffer]) -> int:
+    def write(self, packets: list[bytes]) -> int:
         """Hand IP packets to the kernel, together where it takes them so; return how many it did not take."""
         if len(packets) == 1:
             try:

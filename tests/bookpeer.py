@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mptunnel import noise
 from mptunnel.errors import BadPacketError, NotAuthenticError
@@ -16,9 +16,6 @@ from mptunnel.events import Event, Transmit
 from mptunnel.messages import INITIATION, OVERHEAD, RESPONSE, TRANSPORT, TRANSPORT_HEADER
 from mptunnel.packet import trim
 from mptunnel.session import REJECT_AFTER_TIME, REKEY_AFTER_TIME, Session
-
-if TYPE_CHECKING:
-    from mptunnel.packet import Buffer
 
 REKEY_TIMEOUT, KEEPALIVE_TIMEOUT, JITTER = 5.0, 10.0, 0.333
 MAX_RETRIES = 18
@@ -146,7 +143,7 @@ class BookPeer:
 
     # -- receiving -------------------------------------------------------------------------------------
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Buffer]) -> None:
+    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[bytes]) -> None:
         message = bytes(datagrams)
         kind = int.from_bytes(message[:4], "little")
         try:
@@ -194,7 +191,7 @@ class BookPeer:
         if not self._flush(now):
             self._transport(b"", now)
 
-    def _transport_received(self, message: bytes, source: Any, now: float, inbox: list[Buffer]) -> None:
+    def _transport_received(self, message: bytes, source: Any, now: float, inbox: list[bytes]) -> None:
         _, index, _ = TRANSPORT_HEADER.unpack_from(message)
         session = next((s for s in (self.current, self.next, self.previous) if s and s.local_index == index), None)
         if session is None:
@@ -218,7 +215,7 @@ class BookPeer:
         else:
             self._at["keepalive"] = now + KEEPALIVE_TIMEOUT
         try:
-            inbox.append(trim(plain))
+            inbox.append(bytes(trim(plain)))
         except BadPacketError:
             self.foreign.append(plain)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from mptunnel.packet import GSO_NONE, GSO_UDP_L4, MAX_SEGMENTS, PLAIN, VNET, VNET_SIZE, Buffer, coalesce, single, split
+from mptunnel.packet import GSO_NONE, GSO_UDP_L4, MAX_SEGMENTS, PLAIN, VNET, VNET_SIZE, coalesce, single, split
 from mptunnel.tun import Tun
 
 MTU: Final = 1419  # odd, and so is what a segment holds
@@ -145,7 +145,7 @@ class Relay(threading.Thread):
             os.writev(target.fileno(), [PLAIN, piece])
         seen.written = max(seen.written, *map(len, pieces))
 
-    def _compare(self, frame: memoryview, pieces: list[Buffer], target: Tun) -> None:
+    def _compare(self, frame: memoryview, pieces: list[bytes], target: Tun) -> None:
         """Note what a super-packet is, and whether split and put together again it is the same to the byte."""
         seen = self._seen
         _, kind, _, size, start, offset = VNET.unpack_from(frame)

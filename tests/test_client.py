@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mptunnel.events import Event, Job
-    from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 UP = ipv4(CLIENT, TARGET, b"x")
@@ -974,7 +973,7 @@ def test_what_is_no_ip_packet_is_not_sent() -> None:
     net = Simnet(Wire())
     net.run(1.0)
     since = net.now
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     net.client.send([memoryview(PLAIN + b"\x01" + bytes(60)), memoryview(PLAIN + bytes(20))], net.now, inbox)
     net.turn()
     assert net.sent(TRANSPORT, "up", None, since) == []

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mptunnel.events import Transmit
-    from mptunnel.packet import Buffer
 
 CLIENT = "10.0.1.2"
 
@@ -165,7 +164,7 @@ def test_whatever_an_admitted_peer_seals_the_other_lives_and_serves_on(seed: int
             first, second = session.seal(good, len(good)), session.seal(plain, len(plain))
             alone = session.seal(plain, len(plain))
             runs = [first + second, alone] if len(second) <= len(first) else [first, second, alone]
-            inbox: list[Buffer] = []
+            inbox: list[bytes] = []
             for run in runs:
                 size = min(len(run), len(first)) if run.startswith(first) else len(run)
                 if side == "up":

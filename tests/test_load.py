@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mptunnel.events import Endpoint
-    from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 SEGMENTS, SIZE = 40, 100
@@ -105,8 +104,8 @@ class Pump:
     def turn(self) -> None:
         """Let a super-packet go each way; it comes out as one."""
         self.now += TICK
-        up: list[Buffer] = []
-        down: list[Buffer] = []
+        up: list[bytes] = []
+        down: list[bytes] = []
         self.client.send([UP], self.now, down)
         self.server.send([DOWN], self.now)
         self._carry(up, down)
@@ -125,7 +124,7 @@ class Pump:
             self.now += 0.05
             self._carry([], [])
 
-    def _carry(self, up: list[Buffer], down: list[Buffer]) -> None:
+    def _carry(self, up: list[bytes], down: list[bytes]) -> None:
         """Carry everything between them, and do what is due."""
         net, now = self.net, self.now
         net.now = now

@@ -25,10 +25,9 @@ from mptunnel.udp import ServerSocket
 from tests.simnet import TARGET, Simnet, Wire, ipv4
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from mptunnel.packet import Buffer
 
 pytestmark = pytest.mark.interpreted  # a loop turned by hand
 
@@ -69,7 +68,7 @@ class Device:
         self.reads.append((most, len(frames)))
         return frames
 
-    def write(self, packets: Sequence[Buffer]) -> int:
+    def write(self, packets: list[bytes]) -> int:
         return 0
 
     def close(self) -> None:

@@ -31,7 +31,6 @@ from tests.simnet import (
 )
 
 if TYPE_CHECKING:
-    from mptunnel.packet import Buffer
     from mptunnel.role import Role
 
 CLIENT = str(TUNNEL4[2])
@@ -203,7 +202,7 @@ def test_a_run_of_datagrams_of_two_peers_and_other_things_is_taken_apart() -> No
     foreign = good[0][:4] + b"\xff\xff\xff\xff" + good[0][8:]
     junk = bytes([9]) * size
     run = b"".join([good[0], good[1], foreign, good[2], junk, good[3], good[4], b"\x04\x00\x00\x00" + bytes(9)])
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     net.server.receive(memoryview(run), size, net.source(0), net.now, inbox)
     assert [bytes(packet)[20:21] for packet in inbox] == [bytes([number]) for number in range(5)]
     assert net.server.drops["unknown index"] == 1
@@ -218,7 +217,7 @@ def test_a_run_in_which_one_datagram_is_forged_loses_only_that_one() -> None:
     good = [session.seal(ipv4(CLIENT, TARGET, bytes([number]) * 20)) for number in range(6)]
     bad = [*good[:2], good[2][:-1] + bytes([good[2][-1] ^ 1]), *good[3:]]
     run = b"".join(bad)
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     net.server.receive(memoryview(run), len(good[0]), net.source(0), net.now, inbox)
     assert [bytes(packet)[20] for packet in inbox] == [0, 1, 3, 4, 5]
     assert net.server.drops["not authentic"] == 1

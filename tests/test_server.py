@@ -64,7 +64,6 @@ from tests.simnet import (
 
 if TYPE_CHECKING:
     from mptunnel.events import Endpoint
-    from mptunnel.packet import Buffer
     from mptunnel.register import Reply
 
 CLIENT = str(TUNNEL4[2])
@@ -101,7 +100,7 @@ Network6 = TUNNEL6
 
 def exchange(server: Server, client: BookPeer, source: Endpoint, now: float) -> list[bytes]:
     """Carry everything between them, at once; return what came out of the server."""
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     for _ in range(6):
         for transmit in client.transmits():
             server.receive(memoryview(transmit.data), len(transmit.data), source, now, inbox)

@@ -16,7 +16,6 @@ from tests.simnet import TARGET, TUNNEL4, TUNNEL6, Simnet, Traffic, Wire, ipv4, 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mptunnel.packet import Buffer
 
 CLIENT = str(TUNNEL4[2])
 RATE = 1000.0
@@ -93,7 +92,7 @@ def test_a_client_may_be_removed_in_the_turn_in_which_its_packet_came() -> None:
     before = net.guest.packets_received
     datagram = session.seal(ipv4(CLIENT, TARGET, b"x"), 1280)
     guest = net.guest
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
     assert (len(inbox), guest.packets_received) == (1, before), "it went the short way"
     net.server.control("peer-remove", Fields({"name": "sim"}, "peer-remove"), net.now)
@@ -124,7 +123,7 @@ def test_it_lets_nothing_through_that_the_long_way_would_not(what: str) -> None:
     session = net.peer.current
     assert session is not None
     datagram = session.seal(plain, len(plain))  # as it is, if that is a multiple of 16, else padded
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
     net.turn()
     length = len(GOOD4) if "IPv4" in what else len(GOOD6)
@@ -134,11 +133,11 @@ def test_it_lets_nothing_through_that_the_long_way_would_not(what: str) -> None:
     }
 
 
-def lone(net: Simnet, count: int, payload: bytes = b"x") -> list[Buffer]:
+def lone(net: Simnet, count: int, payload: bytes = b"x") -> list[bytes]:
     """Let datagrams come at the server one by one, each alone, while traffic runs; return what they brought."""
     session = net.peer.current
     assert session is not None
-    inbox: list[Buffer] = []
+    inbox: list[bytes] = []
     for _ in range(count):
         datagram = session.seal(ipv4(CLIENT, TARGET, payload), 1280)
         assert net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
