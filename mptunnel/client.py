@@ -318,7 +318,7 @@ class Client(Role):
             self._peer.look_again()
         return is_limited
 
-    def send(self, frames: Sequence[memoryview], now: float, inbox: list[bytes]) -> None:
+    def send(self, frames: Sequence[bytes], now: float, inbox: list[bytes]) -> None:
         """Take frames from the device; answers of our own to some of them are appended to `inbox`."""
         tunnel, takes_partial = self._tunnel, self._peer.takes_partial
         has_no_ipv6 = tunnel is not None and not tunnel.ipv6_onward
@@ -334,7 +334,7 @@ class Client(Role):
             self._peer.send(packets, now, self.out)
             self._busy.add(self._peer)
 
-    def send_one(self, frame: memoryview, now: float) -> tuple[bytes, Sequence[tuple[Path, int]]] | None:
+    def send_one(self, frame: bytes, now: float) -> tuple[bytes, Sequence[tuple[Path, int]]] | None:
         """Seal the packet of a frame that came alone; return the datagram and the paths, None if `send` has to do it.
 
         It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
@@ -810,7 +810,7 @@ class Client(Role):
         values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers.known), self._kept)
         self._events.append(RunScript("up", values))
 
-    def _answers_ipv6(self, packet: memoryview, inbox: list[bytes]) -> bool:
+    def _answers_ipv6(self, packet: bytes, inbox: list[bytes]) -> bool:
         """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""
         server = None if self._tunnel is None else self._tunnel.peer6
         if server is None or len(packet) < IPV6_HEADER or packet[24:40] == server.packed:

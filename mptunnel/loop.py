@@ -226,7 +226,7 @@ class Loop(Generic[R]):
             self._take_frames(frames, moment)
         return False
 
-    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+    def _take_frames(self, frames: list[bytes], moment: float) -> None:
         """Give the role what the device had, and send what comes of it."""
         raise NotImplementedError
 
@@ -238,9 +238,7 @@ class Loop(Generic[R]):
         """Send what the role wants sent."""
         raise NotImplementedError
 
-    def _reader_of(
-        self, sock: udp.Receiver, receive: Callable[[], tuple[memoryview, int, Any]]
-    ) -> Callable[[float], bool]:
+    def _reader_of(self, sock: udp.Receiver, receive: Callable[[], tuple[bytes, int, Any]]) -> Callable[[float], bool]:
         """Return what takes the datagrams that wait in a socket, and says whether all of them went the short way."""
         take, inbox = self._role.receive, self._inbox
 
@@ -470,7 +468,7 @@ class ServerLoop(Loop["Server"]):
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return [self._socket]
 
-    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+    def _take_frames(self, frames: list[bytes], moment: float) -> None:
         self._role.send(frames, moment)
         self._send()
 
@@ -535,7 +533,7 @@ class ClientLoop(Loop["Client"]):
     def _sockets_in_use(self) -> Sequence[udp.Receiver]:
         return list(self._sockets.values())
 
-    def _take_frames(self, frames: list[memoryview], moment: float) -> None:
+    def _take_frames(self, frames: list[bytes], moment: float) -> None:
         self._look_at_queues(moment)
         self._role.send(frames, moment, self._inbox)
         self._send()

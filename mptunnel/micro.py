@@ -48,20 +48,20 @@ def measure() -> list[Cost]:
     return [cost for count in (RUN, 1) for cost in _measure(count)]
 
 
-def super_packet(count: int) -> memoryview:
+def super_packet(count: int) -> bytes:
     """Return a frame as the device gives it: `count` packets of one TCP flow, the checksum partial."""
     size = LENGTH - _HEAD
     length = _HEAD + count * size
     ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, length, 7, 0x4000, 64, packet.TCP, 0, b"\x0a\0\1\2", b"\xcb\0\x71\2")
     tcp = struct.pack(">HHIIBBHHH12x", 40000, 80, 1, 1, 0x80, 0x10, 0xFFFF, 0, 0)
     head = packet.VNET.pack(packet.NEEDS_CSUM, packet.GSO_TCPV4, _HEAD, size, packet.IPV4_HEADER, _SUM_OFFSET)
-    return memoryview(head + ip + tcp + bytes(count * size))
+    return head + ip + tcp + bytes(count * size)
 
 
-def single_packet() -> memoryview:
+def single_packet() -> bytes:
     """Return a frame of one such packet."""
     head = packet.VNET.pack(packet.NEEDS_CSUM, packet.GSO_NONE, 0, 0, packet.IPV4_HEADER, _SUM_OFFSET)
-    return memoryview(head + bytes(packet.split(super_packet(2), takes_partial=True)[0]))
+    return head + packet.split(super_packet(2), takes_partial=True)[0]
 
 
 def _measure(count: int) -> list[Cost]:
@@ -74,13 +74,13 @@ def _measure(count: int) -> list[Cost]:
     return [Cost(name, count, spent * 1e6) for name, spent in best.items()]
 
 
-def _round(frame: memoryview, pieces: list[bytes], count: int, batches: int) -> Iterator[tuple[str, float]]:
+def _round(frame: bytes, pieces: list[bytes], count: int, batches: int) -> Iterator[tuple[str, float]]:
     """Yield each operation's name and the seconds that it took a packet."""
     sender, receiver = _sessions()
     size, now = sealed_size(LENGTH, LENGTH), time.monotonic()
-    runs: list[memoryview] = []
+    runs: list[bytes] = []
     operations: dict[str, Callable[[], object]] = {
-        "seal": lambda: runs.extend(memoryview(sender.seal_run(pieces, LENGTH)) for _ in range(batches)),
+        "seal": lambda: runs.extend(sender.seal_run(pieces, LENGTH) for _ in range(batches)),
         "open": lambda: [receiver.open(run, size, 0, now) for run in runs],
         "duplicate": lambda: [receiver.open(run, size, 1, now) for run in runs],
         "split": lambda: [packet.split(frame, takes_partial=True) for _ in range(batches)],

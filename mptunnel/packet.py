@@ -73,11 +73,10 @@ _SINGLE4 = {
 }
 _NEVER_PARTIAL = (MAX_LENGTH + 1, 0, PLAIN)
 
-Buffer = bytes | bytearray | memoryview
-Frame = list[Buffer]  # what one writev() gives the device: header, packet
+Frame = list[bytes]  # what one writev() gives the device: header, packet
 
 
-def trim(plain: Buffer) -> Buffer:
+def trim(plain: bytes) -> bytes:
     """Return the IP packet at the start of `plain`, without the padding behind it.
 
     Raises BadPacketError if there is no whole IPv4 or IPv6 packet (RFC 791, 3.1; RFC 8200, 3).
@@ -96,9 +95,9 @@ def trim(plain: Buffer) -> Buffer:
     return plain if length == len(plain) else plain[:length]
 
 
-def source(packet: Buffer) -> bytes:
+def source(packet: bytes) -> bytes:
     """Return the packed source address of a packet that `trim` let through."""
-    return bytes(packet[12:16] if packet[0] >> 4 == 4 else packet[8:24])
+    return packet[12:16] if packet[0] >> 4 == 4 else packet[8:24]
 
 
 def are_alike(packets: list[bytes]) -> bool:
@@ -119,12 +118,12 @@ def are_alike(packets: list[bytes]) -> bool:
     return False
 
 
-def destination(packet: Buffer) -> bytes:
-    """Return the packed destination address of a packet that `trim` let through."""
-    return bytes(packet[16:20] if packet[0] >> 4 == 4 else packet[24:40])
+def destination(data: bytes, at: int = 0) -> bytes:
+    """Return the packed destination address of the packet that begins at `at`; less than that if it is shorter."""
+    return data[at + 16 : at + 20] if data[at] >> 4 == 4 else data[at + 24 : at + 40]
 
 
-def no_route6(packet: Buffer, own: IPv6Address) -> bytes | None:
+def no_route6(packet: bytes, own: IPv6Address) -> bytes | None:
     """Return the ICMPv6 'no route to destination' from `own` that answers `packet` (RFC 4443, 3.1).
 
     None where none may be sent: for ICMPv6 errors, multicast and packets without a proper source.
@@ -133,7 +132,7 @@ def no_route6(packet: Buffer, own: IPv6Address) -> bytes | None:
     is_error = packet[6] == _ICMPV6 and len(packet) > IPV6_HEADER and packet[IPV6_HEADER] < 128
     if is_error or receiver.is_multicast or sender.is_multicast or sender.is_unspecified:
         return None
-    quoted = bytes(packet[: MIN_MTU - IPV6_HEADER - 8])
+    quoted = packet[: MIN_MTU - IPV6_HEADER - 8]
     body = struct.pack(">BBHI", _UNREACHABLE, _NO_ROUTE, 0, 0) + quoted
     check = checksum(_PSEUDO.pack(own.packed, sender.packed, len(body), _ICMPV6) + body)
     header = struct.pack(">IHBB16s16s", 6 << 28, len(body), _ICMPV6, 64, own.packed, sender.packed)
@@ -143,60 +142,59 @@ def no_route6(packet: Buffer, own: IPv6Address) -> bytes | None:
 # -- splitting -------------------------------------------------------------------------------------------
 
 
-def split(frame: memoryview, *, takes_partial: bool) -> list[bytes]:
+def split(frame: bytes, *, takes_partial: bool) -> list[bytes]:
     """Return the packets that a frame stands for.
 
     `takes_partial`: the receiver knows partial checksums. Raises BadPacketError for a frame that makes no sense.
     """
-    flags, kind, _, size, start, offset = VNET.unpack_from(frame)
-    packet = bytes(frame[VNET_SIZE:])
-    if not packet or packet[0] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
+    length, at = len(frame) - VNET_SIZE, VNET_SIZE
+    if length < 1 or frame[at] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
         raise BadPacketError(f"no IP packet in a frame of {len(frame)} bytes")
-    is_plain = _is_plain(packet, start)
+    flags, kind, _, size, start, offset = VNET.unpack_from(frame)
+    is_plain = length >= IPV4_HEADER and _is_plain(frame, start)
     takes_partial = takes_partial and is_plain
     if kind == GSO_NONE:
-        if flags & NEEDS_CSUM and not takes_partial:
-            return [_completed(packet, start, offset)]
-        return [packet]
+        packet = frame[at:]
+        return [_completed(packet, start, offset) if flags & NEEDS_CSUM and not takes_partial else packet]
     kind &= ~GSO_ECN
-    least = IPV4_HEADER if packet and packet[0] >> 4 == 4 else IPV6_HEADER
-    if kind not in _KINDS or not size or start < least or len(packet) < start + _UDP_HEADER:
+    least = IPV4_HEADER if frame[at] >> 4 == 4 else IPV6_HEADER
+    if kind not in _KINDS or not size or start < least or length < start + _UDP_HEADER:
         raise BadPacketError(f"super-packet of kind {kind} with segments of {size} bytes")
     is_tcp = kind != GSO_UDP_L4
-    if is_tcp and len(packet) < start + _TCP_HEADER:
-        raise BadPacketError(f"super-packet of {len(packet)} bytes, its TCP header at {start}")
-    body = start + ((packet[start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
-    count = -(-(len(packet) - body) // size)
+    if is_tcp and length < start + _TCP_HEADER:
+        raise BadPacketError(f"super-packet of {length} bytes, its TCP header at {start}")
+    body = start + ((frame[at + start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
+    count = -(-(length - body) // size)
     if count < 1 or body < start + (_TCP_HEADER if is_tcp else _UDP_HEADER):
-        raise BadPacketError(f"super-packet of {len(packet)} bytes without payload")
+        raise BadPacketError(f"super-packet of {length} bytes without payload")
     if count > MOST_SEGMENTS:
         raise BadPacketError(f"super-packet of {count} segments")
-    pieces = _cut(packet, start, body, size, count, TCP if is_tcp else UDP)
+    pieces = _cut(frame, start, body, size, count, TCP if is_tcp else UDP)
     if takes_partial:
         return pieces
     check = _TCP_CHECK if is_tcp else _UDP_CHECK
     if not is_plain:  # the addresses in the header may be a hop's, but the kernel has summed the true ones
-        more = _U16.unpack_from(packet, start + check)[0] - len(packet)
+        more = _U16.unpack_from(frame, at + start + check)[0] - length
         pieces = [_with_partial(piece, start + check, more + len(piece)) for piece in pieces]
     return [_completed(piece, start, check) for piece in pieces]
 
 
-def is_lone(frame: memoryview) -> bool:
+def is_lone(frame: bytes) -> bool:
     """Whether a frame is one IPv4 packet without options that a peer who knows partial checksums takes as it is."""
     if len(frame) < LEAST_FRAME or frame[GSO_TYPE] or frame[VNET_SIZE] != PLAIN_IPV4:
         return False
     return not frame[0] or (frame[CSUM_START] == IPV4_HEADER and frame[_PROTOCOL] in {TCP, UDP})  # see `_is_plain`
 
 
-def _is_plain(packet: bytes, start: int) -> bool:
+def _is_plain(frame: bytes, start: int) -> bool:
     """Whether TCP or UDP begins right behind the IP header: there a receiver recognizes a partial checksum.
 
     Other protocols have theirs elsewhere: GRE's is 4 bytes behind its beginning (RFC 2784, 2.1).
     Behind a routing header or a source route (RFC 8200, 4.4; RFC 791, 3.1) its addresses are not those of the header.
     """
-    if packet[0] == PLAIN_IPV4:
-        return start == IPV4_HEADER and packet[9] in {TCP, UDP}
-    return start == IPV6_HEADER and packet[0] >> 4 == 6 and packet[6] in {TCP, UDP}
+    if frame[VNET_SIZE] == PLAIN_IPV4:
+        return start == IPV4_HEADER and frame[VNET_SIZE + 9] in {TCP, UDP}
+    return start == IPV6_HEADER and frame[VNET_SIZE] >> 4 == 6 and frame[VNET_SIZE + 6] in {TCP, UDP}
 
 
 def _with_partial(piece: bytes, at: int, total: int) -> bytes:
@@ -206,12 +204,15 @@ def _with_partial(piece: bytes, at: int, total: int) -> bytes:
     return bytes(own)
 
 
-def _cut(packet: bytes, start: int, body: int, size: int, count: int, protocol: int) -> list[bytes]:
+def _cut(frame: bytes, start: int, body: int, size: int, count: int, protocol: int) -> list[bytes]:
     """Return the segments of a super-packet whose header is `body` bytes long; their checksums are partial."""
-    headers = _Headers(packet, start, body, size, protocol)
-    flags, last, pieces = packet[start + _TCP_FLAGS] if protocol == TCP else 0, count - 1, []
+    at = VNET_SIZE + body
+    head = frame[VNET_SIZE:at]
+    headers = _Headers(head, start, body, size, protocol)
+    flags, last, pieces = head[start + _TCP_FLAGS] if protocol == TCP else 0, count - 1, []
     for number in range(count):
-        payload = packet[body + number * size : body + (number + 1) * size]
+        payload = frame[at : at + size]
+        at += size
         if number < 2 or number == last:
             headers.shape(len(payload), flags & (-1 if number == last else ~_ENDS) & (-1 if number == 0 else ~_CWR))
         pieces.append(headers.packet(number, payload))
@@ -342,9 +343,8 @@ def _completed(packet: bytes, start: int, offset: int) -> bytes:
     """Add what the kernel left out: the sum from `start` to the end, the partial one in it included."""
     if len(packet) < start + offset + 2:
         raise BadPacketError(f"checksum at {start} + {offset} in {len(packet)} bytes")
-    whole = bytearray(packet)
-    _U16.pack_into(whole, start + offset, checksum(whole[start:]) or 0xFFFF)
-    return bytes(whole)
+    total = checksum(packet[start:]) or 0xFFFF
+    return packet[: start + offset] + total.to_bytes(2, "big") + packet[start + offset + 2 :]
 
 
 # -- putting together ------------------------------------------------------------------------------------
@@ -505,12 +505,12 @@ def _super(packets: list[bytes], headers: _Headers, protocol: int, start: int) -
 # -- sums ------------------------------------------------------------------------------------------------
 
 
-def checksum(data: Buffer) -> int:
+def checksum(data: bytes) -> int:
     """Return the internet checksum of `data` (RFC 1071): a big-endian number modulo 2^16 - 1 is the same sum."""
     return 0xFFFF - (_raw_sum(data) % 0xFFFF or (0xFFFF if any(data) else 0))
 
 
-def _raw_sum(data: Buffer) -> int:
+def _raw_sum(data: bytes) -> int:
     return int.from_bytes(data, "big") << (8 if len(data) % 2 else 0)
 
 

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
     from mptunnel.events import NoticeKind
-    from mptunnel.packet import Buffer
     from mptunnel.path import Path
 
 log = logging.getLogger(__name__)
@@ -215,7 +214,7 @@ class Peer:
             self._has_news = True
             self._send_batch(packets, now, out)
 
-    def seal_one(self, packet: Buffer, now: float) -> tuple[bytes, Sequence[tuple[Path, Any]]]:
+    def seal_one(self, packet: bytes, now: float) -> tuple[bytes, Sequence[tuple[Path, Any]]]:
         """Seal a packet that goes the short way, before `short_until`; return the datagram and where it goes."""
         session = self.current
         assert session is not None  # noqa: S101  see `look_again`
@@ -262,11 +261,11 @@ class Peer:
         if most < count:  # nobody takes the rest of the run with this call
             count, run, rest = most, run[:most], run[most:]
         limit = self.tunnel_mtu or self.mtu
-        view = session.seal(run[0], limit) if count == 1 else memoryview(session.seal_run(run, limit))
+        data = session.seal(run[0], limit) if count == 1 else session.seal_run(run, limit)
         self.packets_sent += count
         self.bytes_sent += sum(map(len, run))
         for path, to, given in chosen:
-            part = view if given == count else view[: given * size]
+            part = data if given == count else memoryview(data)[: given * size]
             out.append(Transmit(to, part, size))
             if path is not None:
                 path.sent(given, len(part))
@@ -363,7 +362,7 @@ class Peer:
         if lost > 0:
             self.identity.drops["staged too long"] += lost
         whole = map(complete, packets) if self.takes_partial else packets  # who knows to whom they will go
-        self._staged.extend((now, bytes(packet)) for packet in whole)
+        self._staged.extend((now, packet) for packet in whole)
         self.look_again()
 
     def _flush(self, now: float, out: list[Transmit]) -> None:
@@ -454,7 +453,7 @@ class Peer:
         self,
         session: Session,
         counter: int,
-        datagram: memoryview,
+        datagram: bytes,
         source: Any,
         now: float,
         inbox: list[bytes],
@@ -567,7 +566,7 @@ class Peer:
             packet, its_source = plain, plain[12:16]  # nearly all are so: nothing to trim
         else:
             try:
-                packet = bytes(trim(plain))
+                packet = trim(plain)
             except BadPacketError:
                 self.identity.drops["malformed IP packet"] += 1
                 return

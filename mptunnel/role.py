@@ -110,7 +110,7 @@ class Role:
         self._events = []
         return events
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[bytes]) -> bool:
+    def receive(self, datagrams: bytes, size: int, source: Any, now: float, inbox: list[bytes]) -> bool:
         """Take datagrams of `size` bytes each (the last may be shorter) that came from one source.
 
         IP packets are appended to `inbox`. Returns whether that is all for now; else `finish_turn` is due in this turn.
@@ -118,7 +118,7 @@ class Role:
         if self._meter is not None:
             self._meter(source, -(-len(datagrams) // max(1, size)), len(datagrams))
         if len(datagrams) > size:
-            for run in same_headers(bytes(datagrams), size):
+            for run in same_headers(datagrams, size):
                 self._receive_run(run, size, source, now, inbox)
             return False
         if len(datagrams) >= OVERHEAD:
@@ -172,14 +172,14 @@ class Role:
         for at in range(0, max(1, len(run)), size):
             self._collect(run[at : at + size], source)
 
-    def _collect(self, datagram: bytes | memoryview, source: Any) -> None:
+    def _collect(self, datagram: bytes, source: Any) -> None:
         kind = int.from_bytes(datagram[:4], "little") if len(datagram) >= HEADER_SIZE else 0
         if _HANDSHAKE_SIZES.get(kind) != len(datagram):
             self.drops["malformed datagram"] += 1
         elif len(self._handshakes) >= MAX_COLLECTED:
             self.drops["handshake in a crowd"] += 1
         else:
-            self._handshakes.append((bytes(datagram), source))
+            self._handshakes.append((datagram, source))
 
     def _take_handshake(self, message: bytes, source: Any, now: float) -> None:
         if message[0] == COOKIE_REPLY:

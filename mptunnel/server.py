@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_RESOLVERS: Final = 2
-_DESTINATION: Final = slice(VNET_SIZE + 16, VNET_SIZE + 20)  # of an IPv4 packet, in its frame
+_DESTINATION: Final = VNET_SIZE + 16  # of an IPv4 packet, in its frame
 REGISTER_FILES: Final = frozenset({"server/peers", "server/tokens"})
 SAVE_AGAIN: Final = 10.0  # s after that could not be done: a restart would bring back who was removed
 ADMIT_AFTER: Final = 1.0  # s after another firewall has made chains: it may still be making them
@@ -137,12 +137,12 @@ class Server(Role):
         if self._setup is not None and self._admit_at == INF:
             self._admit_at = max(now + ADMIT_AFTER, self._admitted_at + ADMIT_SPACING)
 
-    def send(self, frames: Sequence[memoryview], now: float) -> None:
+    def send(self, frames: Sequence[bytes], now: float) -> None:
         """Take frames from the device; what consecutive ones hold for one client goes there as a batch."""
         batch: list[bytes] = []
         peer: ClientPeer | None = None
         for frame in frames:
-            address = destination(frame[VNET_SIZE:]) if len(frame) > VNET_SIZE else b""
+            address = destination(frame, VNET_SIZE) if len(frame) > VNET_SIZE else b""
             to = self._peer_at.get(address) or self._peer_to(address, now)
             if to is not peer and batch and peer is not None:
                 peer.send(batch, now, self.out)
@@ -160,14 +160,14 @@ class Server(Role):
             peer.send(batch, now, self.out)
             self._busy.add(peer)
 
-    def send_one(self, frame: memoryview, now: float) -> tuple[bytes, Sequence[tuple[Path, Endpoint]]] | None:
+    def send_one(self, frame: bytes, now: float) -> tuple[bytes, Sequence[tuple[Path, Endpoint]]] | None:
         """Seal the packet of a frame that came alone; return the datagram and the paths, None if `send` has to do it.
 
         It does for all that is not a plain IPv4 packet going where the one before it went (see `peer`).
         """
         if not is_lone(frame):
             return None
-        peer = self._peer_at.get(bytes(frame[_DESTINATION]))
+        peer = self._peer_at.get(frame[_DESTINATION : _DESTINATION + 4])
         if peer is None or now >= peer.short_until or not peer.takes_partial:
             return None
         return peer.seal_one(frame[VNET_SIZE:], now)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mypy_extensions import i64
 
     from mptunnel.noise import SessionKeys
-    from mptunnel.packet import Buffer
 
 WINDOW: Final = 1 << 17
 NARROW_WINDOW: Final = 1 << 13  # for a peer that sends one copy only
@@ -202,7 +201,7 @@ class Session:
         """Whether an initiator that only receives should start a handshake too (165 s; once a session)."""
         return self.is_initiator and now - self.created_at > REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT
 
-    def seal(self, packet: Buffer, limit: int = 0) -> bytes:
+    def seal(self, packet: bytes, limit: int = 0) -> bytes:
         """Seal one packet into a datagram of its own. Padding goes to a multiple of 16, but not beyond `limit`."""
         counter = self.counter
         self.counter = counter + 1
@@ -211,8 +210,8 @@ class Session:
         if lacking:
             if len(packet) + lacking > limit > 0:
                 lacking = max(0, limit - len(packet))
-            packet = b"".join((packet, _ZEROS[:lacking]))
-        return head + self._seal(_nonce(counter), bytes(packet), NO_DATA)
+            packet += _ZEROS[:lacking]
+        return head + self._seal(_nonce(counter), packet, NO_DATA)
 
     def seal_run(self, packets: list[bytes], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
@@ -230,13 +229,13 @@ class Session:
             counter += 1
         return run.getvalue()
 
-    def open(self, datagrams: Buffer, size: int, path: int | None, now: float) -> Opened:
+    def open(self, run: bytes, size: int, path: int | None, now: float) -> Opened:
         """Open a run of type 4 datagrams of `size` bytes each (the last may be shorter) that bear our index.
 
         A copy of what has come in already is dropped for the price of looking at its counter. `path` is the bound
         path they came by, None if there is none; it is credited with every counter once.
         """
-        opened, run = Opened(), bytes(datagrams)
+        opened = Opened()
         count = -(-len(run) // size)
         if not self.is_alive(now):
             opened.expired = count
@@ -253,7 +252,7 @@ class Session:
             self._open_singly(run, size, path, opened)
         return opened
 
-    def open_one(self, datagram: memoryview, counter: int, path: int | None, now: float) -> bytes | Refused:
+    def open_one(self, datagram: bytes, counter: int, path: int | None, now: float) -> bytes | Refused:
         """Open a type 4 datagram that came alone, under this counter: what `open` does, the short way."""
         if now - self.created_at >= REJECT_AFTER_TIME or self.counter >= REJECT_AFTER_MESSAGES:
             return Refused.EXPIRED
@@ -261,7 +260,7 @@ class Session:
         if counter <= window.top and (refused := window.refuses(counter, path)) is not None:
             return refused
         try:
-            plain = self._open(_nonce(counter), bytes(datagram[HEADER_SIZE:]), NO_DATA)
+            plain = self._open(_nonce(counter), datagram[HEADER_SIZE:], NO_DATA)
         except _Forged:
             return Refused.BAD
         if counter >= REJECT_AFTER_MESSAGES:
@@ -359,7 +358,7 @@ def _per_call(count: int, size: int) -> int:
     return -(-count // calls)
 
 
-def read_counters(datagrams: Buffer, size: int) -> tuple[int, ...]:
+def read_counters(datagrams: bytes, size: int) -> tuple[int, ...]:
     """Return the counters of a run of type 4 datagrams of `size` bytes each, the last perhaps shorter."""
     length = len(datagrams)
     if length <= size:

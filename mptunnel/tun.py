@@ -19,7 +19,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.errors import ConfigError, HostError, NotPermittedError
-from mptunnel.packet import VNET_SIZE, coalesce, single
+from mptunnel.packet import PLAIN, VNET_SIZE, coalesce, single
 
 if TYPE_CHECKING:
     from mptunnel.packet import Frame
@@ -42,7 +42,7 @@ _LARGEST = 65535 + VNET_SIZE
 
 
 class Tun:
-    """The open device. `read` returns views into buffers that the next `read` uses again.
+    """The open device.
 
     `takes_tcp`, `takes_udp`: super-packets of that kind pass both ways; with `takes_tcp` partial checksums do too.
     """
@@ -58,49 +58,41 @@ class Tun:
         os.set_inheritable(self._fd, False)
         os.set_blocking(self._fd, False)
         size = _LARGEST if self.takes_tcp else max(2048, mtu + _SLACK) + VNET_SIZE
-        self._skipped = 0 if has_header else VNET_SIZE  # no header from the kernel: the zeros in front stand for it
-        self._buffers = [memoryview(bytearray(size)) for _ in range(BATCH)]
-        self._targets = [[buffer[self._skipped :]] for buffer in self._buffers]
+        self._has_header = has_header
+        self._size = size
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
         return self._fd
 
-    def read(self) -> list[memoryview]:
+    def read(self) -> list[bytes]:
         """Return the frames that wait, 64 at most. Raises OSError if the device has gone."""
-        frames: list[memoryview] = []
-        fd, readv, skipped, total = self._fd, os.readv, self._skipped, 0
-        try:
-            for buffer, target in zip(self._buffers, self._targets, strict=True):
-                length = readv(fd, target) + skipped
-                frames.append(buffer[:length])
-                total += length
-                if total > BATCH_BYTES:
-                    break
-        except OSError as error:
-            if error.errno not in _NONE_WAITS:
-                raise
+        frames: list[bytes] = []
+        total = 0
+        while len(frames) < BATCH and total <= BATCH_BYTES and (frame := self.read_one()) is not None:
+            frames.append(frame)
+            total += len(frame)
         return frames
 
-    def read_one(self) -> memoryview | None:
+    def read_one(self) -> bytes | None:
         """Return the frame that has waited longest, None if none waits. Raises OSError if the device has gone."""
         try:
-            length = os.readv(self._fd, self._targets[0])
+            frame = os.read(self._fd, self._size)
         except OSError as error:
             if error.errno in _NONE_WAITS:
                 return None
             raise
-        return self._buffers[0][: length + self._skipped]
+        return frame if self._has_header else PLAIN + frame  # zeros stand for the header that the kernel left out
 
     def write(self, packets: list[bytes]) -> int:
         """Hand IP packets to the kernel, together where it takes them so; return how many it did not take."""
         if len(packets) == 1:
             try:
-                os.writev(self._fd, [packets[0]] if self._skipped else single(packets[0]))
+                os.writev(self._fd, single(packets[0]) if self._has_header else [packets[0]])
             except OSError:
                 return 1
             return 0
-        if self._skipped:
+        if not self._has_header:
             return sum(not self._takes([packet]) for packet in packets)
         if not self.takes_tcp:
             return sum(not self._takes(single(packet)) for packet in packets)

@@ -65,14 +65,13 @@ class PathError(Exception):
 
 
 class Receiver:
-    """What both kinds of socket do: a buffer to receive into, and the kernel's count of what did not fit its queue."""
+    """What both kinds of socket do: they ask of the kernel, and its count of what did not fit their queue."""
 
     def __init__(self, sock: socket.socket, *, offload: bool) -> None:
         if sock.fileno() >= MAX_FD:
             sock.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._socket = sock
-        self._buffer = memoryview(bytearray(LARGEST))
         self._overrun = 0  # what our own receive queue had no room for: the kernel's count, and the news of it
         self.overrun = 0
         sock.setblocking(False)
@@ -143,16 +142,16 @@ class PathSocket(Receiver):
         self.is_watched = False  # its queue is looked at before every sending
         self._outq = array.array("i", [0])
 
-    def receive(self) -> tuple[memoryview, int, int]:
-        """Return the next run of datagrams, in a buffer that is used again, their size and path. Raises OSError."""
-        length, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
-        size = length
+    def receive(self) -> tuple[bytes, int, int]:
+        """Return the next run of datagrams, their size and path. Raises OSError."""
+        run, ancillary, _, _ = self._socket.recvmsg(LARGEST, _ANCILLARY)
+        size = len(run)
         for _, kind, data in ancillary:
             if kind == _UDP_GRO:
                 (size,) = _GRO_SIZE.unpack_from(data)
             elif kind == _SO_RXQ_OVFL:
                 self._note_overrun(data)
-        return self._buffer[:length], size, self._path
+        return run, size, self._path
 
     def queued(self) -> int:
         """Return how much kernel memory is taken by what has not left yet (TIOCOUTQ, udp(7))."""
@@ -214,10 +213,10 @@ class ServerSocket(Receiver):
         self._ways: dict[Endpoint, tuple[tuple[Any, ...], list[Any]]] = {}
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
 
-    def receive(self) -> tuple[memoryview, int, Endpoint]:
-        """Return the next run, in a buffer that is used again, its datagrams' size and source. Raises OSError."""
-        length, ancillary, _, address = self._socket.recvmsg_into([self._buffer], _ANCILLARY)
-        local, size = b"", length
+    def receive(self) -> tuple[bytes, int, Endpoint]:
+        """Return the next run of datagrams, their size and source. Raises OSError."""
+        run, ancillary, _, address = self._socket.recvmsg(LARGEST, _ANCILLARY)
+        local, size = b"", len(run)
         for _, kind, data in ancillary:
             if kind in _PKTINFO:
                 local = data
@@ -226,7 +225,7 @@ class ServerSocket(Receiver):
             elif kind == _SO_RXQ_OVFL:
                 self._note_overrun(data)
         source = self._known.get((address, local))
-        return self._buffer[:length], size, source or self._meet(address, local)
+        return run, size, source or self._meet(address, local)
 
     def _meet(self, address: tuple[Any, ...], info: bytes) -> Endpoint:
         """Return the endpoint of an address not seen lately; from now on it is found without making it anew."""

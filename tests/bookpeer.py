@@ -143,7 +143,7 @@ class BookPeer:
 
     # -- receiving -------------------------------------------------------------------------------------
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[bytes]) -> None:
+    def receive(self, datagrams: bytes, size: int, source: Any, now: float, inbox: list[bytes]) -> None:
         message = bytes(datagrams)
         kind = int.from_bytes(message[:4], "little")
         try:
@@ -197,7 +197,7 @@ class BookPeer:
         if session is None:
             self.drops["unknown index"] += 1
             return
-        opened = session.open(memoryview(message), len(message), None, now)
+        opened = session.open(message, len(message), None, now)
         if not opened.plain:
             self.drops["duplicate" if opened.repeated else "bad"] += 1
             return

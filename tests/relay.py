@@ -130,7 +130,7 @@ class Relay(threading.Thread):
                 for frame in source.read():
                     self._carry(frame, target)
 
-    def _carry(self, frame: memoryview, target: Tun) -> None:
+    def _carry(self, frame: bytes, target: Tun) -> None:
         wish, seen = self._wish, self._seen
         pieces = split(frame, takes_partial=wish.partial)
         if VNET.unpack_from(frame)[1] != GSO_NONE:
@@ -145,7 +145,7 @@ class Relay(threading.Thread):
             os.writev(target.fileno(), [PLAIN, piece])
         seen.written = max(seen.written, *map(len, pieces))
 
-    def _compare(self, frame: memoryview, pieces: list[bytes], target: Tun) -> None:
+    def _compare(self, frame: bytes, pieces: list[bytes], target: Tun) -> None:
         """Note what a super-packet is, and whether split and put together again it is the same to the byte."""
         seen = self._seen
         _, kind, _, size, start, offset = VNET.unpack_from(frame)

@@ -88,7 +88,7 @@ class Party(Protocol):
 
     drops: Counter[str]
 
-    def receive(self, datagrams: memoryview, size: int, source: Any, now: float, inbox: list[bytes]) -> object: ...
+    def receive(self, datagrams: bytes, size: int, source: Any, now: float, inbox: list[bytes]) -> object: ...
     def transmits(self) -> list[Transmit]: ...
     def events(self) -> list[Event]: ...
     def finish_turn(self, now: float) -> None: ...
@@ -367,7 +367,7 @@ class Simnet:
             self._stock_client.send(list(packets), self.now)
         elif self.is_client_awake:
             inbox: list[bytes] = []
-            self.client.send([memoryview(PLAIN + packet) for packet in packets], self.now, inbox)
+            self.client.send([PLAIN + packet for packet in packets], self.now, inbox)
             self.client.finish_turn(self.now)
             self.at_client += [(self.now, bytes(packet)) for packet in inbox]
         self._drain()
@@ -376,7 +376,7 @@ class Simnet:
         if self._stock_server is not None:
             self._stock_server.send(list(packets), self.now)
         elif self.is_server_alive:
-            self.server.send([memoryview(PLAIN + packet) for packet in packets], self.now)
+            self.server.send([PLAIN + packet for packet in packets], self.now)
             self.server.finish_turn(self.now)
         self._drain()
 
@@ -418,14 +418,14 @@ class Simnet:
             self.deliver(datagram, self.source(number))
         elif number in self.open and self.is_client_awake:
             inbox: list[bytes] = []
-            self.client_side.receive(memoryview(datagram), max(1, len(datagram)), number, self.now, inbox)
+            self.client_side.receive(datagram, max(1, len(datagram)), number, self.now, inbox)
             self.at_client += [(self.now, bytes(packet)) for packet in inbox]
 
     def deliver(self, datagram: bytes, source: Endpoint) -> None:
         """Hand the server a datagram, as if from `source`."""
         if self.is_server_alive:
             inbox: list[bytes] = []
-            self.server_side.receive(memoryview(datagram), max(1, len(datagram)), source, self.now, inbox)
+            self.server_side.receive(datagram, max(1, len(datagram)), source, self.now, inbox)
             self.at_server += [(self.now, bytes(packet)) for packet in inbox]
 
     def turn(self) -> None:

@@ -46,7 +46,7 @@ def arrivals(net: Simnet) -> list[float]:
     times: list[float] = []
     receive = net.client.receive
 
-    def noting(datagrams: memoryview, size: int, source: Any, now: float, inbox: list[Any]) -> bool:
+    def noting(datagrams: bytes, size: int, source: Any, now: float, inbox: list[bytes]) -> bool:
         before = net.peer.heard_at
         net.peer.heard_at = -1.0
         is_all = receive(datagrams, size, source, now, inbox)

@@ -974,7 +974,7 @@ def test_what_is_no_ip_packet_is_not_sent() -> None:
     net.run(1.0)
     since = net.now
     inbox: list[bytes] = []
-    net.client.send([memoryview(PLAIN + b"\x01" + bytes(60)), memoryview(PLAIN + bytes(20))], net.now, inbox)
+    net.client.send([PLAIN + b"\x01" + bytes(60), PLAIN + bytes(20)], net.now, inbox)
     net.turn()
     assert net.sent(TRANSPORT, "up", None, since) == []
     assert inbox == []

@@ -168,9 +168,9 @@ def test_whatever_an_admitted_peer_seals_the_other_lives_and_serves_on(seed: int
             for run in runs:
                 size = min(len(run), len(first)) if run.startswith(first) else len(run)
                 if side == "up":
-                    net.server.receive(memoryview(run), size, net.source(0), net.now, inbox)
+                    net.server.receive(run, size, net.source(0), net.now, inbox)
                 else:
-                    net.client.receive(memoryview(run), size, 0, net.now, inbox)
+                    net.client.receive(run, size, 0, net.now, inbox)
             assert bytes(inbox[0]) == good
             assert all(len(packet) >= 20 for packet in inbox)
     net.restart_client()
@@ -192,12 +192,12 @@ def test_no_more_than_256_hellos_and_challenges_are_answered_in_a_second() -> No
     for source in (net.source(0), stranger()):
         for _ in range(MAX_ANSWERS + 50):
             datagram = ours.seal(hello)
-            net.server.receive(memoryview(datagram), len(datagram), source, net.now, [])
+            net.server.receive(datagram, len(datagram), source, net.now, [])
         assert len(net.server.transmits()) <= 2 * MAX_ANSWERS
     challenge = Challenge(0, net.peer.paths[0].incarnation, bytes(16)).encode(Control.CHALLENGE)
     for _ in range(MAX_ANSWERS + 50):
         datagram = theirs.seal(challenge)
-        net.client.receive(memoryview(datagram), len(datagram), 0, net.now, [])
+        net.client.receive(datagram, len(datagram), 0, net.now, [])
     assert len(net.client.transmits()) == MAX_ANSWERS
 
 

@@ -36,14 +36,12 @@ TURN = 2 * SEGMENTS  # packets of a turn, both ways
 TICK = 0.02  # s: the warm-up is longer than any span over which something is averaged
 
 
-def super_packet(source: str, target: str) -> memoryview:
+def super_packet(source: str, target: str) -> bytes:
     """Return a frame that stands for a run of TCP segments."""
     head = struct.pack(">BBHHHBBH", 0x45, 0, 40 + SEGMENTS * SIZE, 7, 0x4000, 64, TCP, 0)
     addresses = IPv4Address(source).packed + IPv4Address(target).packed
     tcp = struct.pack(">HHIIBBHHH", 1234, 80, 5, 9, 0x50, 0x10, 500, 0, 0)
-    return memoryview(
-        VNET.pack(NEEDS_CSUM, GSO_TCPV4, 40, SIZE, 20, 16) + head + addresses + tcp + bytes(SEGMENTS * SIZE)
-    )
+    return VNET.pack(NEEDS_CSUM, GSO_TCPV4, 40, SIZE, 20, 16) + head + addresses + tcp + bytes(SEGMENTS * SIZE)
 
 
 UP, DOWN = super_packet(CLIENT, TARGET), super_packet(TARGET, CLIENT)
@@ -75,7 +73,7 @@ class Pump:
         other.initiate(self.now)
         for _ in range(3):
             for transmit in other.transmits():
-                data = memoryview(transmit.data)
+                data = bytes(transmit.data)
                 self.server.receive(data, len(data), stranger(number), self.now, [])
             self._carry([], [])
         assert other.current is not None
@@ -98,7 +96,7 @@ class Pump:
         other.foreign.clear()
 
     def _deliver(self, datagram: bytes, source: Endpoint) -> None:
-        self.server.receive(memoryview(datagram), len(datagram), source, self.now, [])
+        self.server.receive(datagram, len(datagram), source, self.now, [])
         self._carry([], [])
 
     def turn(self) -> None:
@@ -134,10 +132,10 @@ class Pump:
         for _ in range(4):
             for transmit in self.client.transmits():
                 source = net.source(transmit.to)
-                self.server.receive(memoryview(transmit.data), transmit.size, source, now, up)
+                self.server.receive(bytes(transmit.data), transmit.size, source, now, up)
             self.server.finish_turn(now)
             for transmit in self.server.transmits():
-                data = memoryview(transmit.data)
+                data = bytes(transmit.data)
                 if (path := self._paths.get(transmit.to)) is not None:
                     self.client.receive(data, transmit.size, path, now, down)
                 else:

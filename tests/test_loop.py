@@ -50,19 +50,19 @@ class Device:
     def fileno(self) -> int:
         return self._near.fileno()
 
-    def read(self) -> list[memoryview]:
+    def read(self) -> list[bytes]:
         return self._frames(READS_PER_TURN)
 
-    def read_one(self) -> memoryview | None:
+    def read_one(self) -> bytes | None:
         return next(iter(self._frames(1)), None)
 
-    def _frames(self, most: int) -> list[memoryview]:
+    def _frames(self, most: int) -> list[bytes]:
         if self.has_gone:
             raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
-        frames: list[memoryview] = []
+        frames: list[bytes] = []
         try:
             while len(frames) < most:
-                frames.append(memoryview(self._near.recv(2048)))
+                frames.append(self._near.recv(2048))
         except BlockingIOError:
             pass
         self.reads.append((most, len(frames)))

@@ -91,7 +91,7 @@ def test_split_gives_back_what_coalesce_was_given(streams: list[list[bytes]], ta
     packets = [each for stream in streams for each in stream]
     back: list[bytes] = []
     for frame, count in coalesce(packets, takes_udp=takes_udp):
-        whole = memoryview(b"".join(frame))
+        whole = b"".join(frame)
         has_partial = bool(whole[0] & NEEDS_CSUM)
         expected = packets[len(back) : len(back) + count]
         is_full = [complete(each) == each for each in expected]
@@ -141,7 +141,7 @@ def test_segments_for_a_stock_peer_bear_full_checksums() -> None:
     rng = random.Random(4)
     packets = [tcp(4, rng.randbytes(999), 1 + 999 * n, n, 0x10, b"", partial=True) for n in range(7)]
     ((frame, _),) = coalesce(packets, takes_udp=False)
-    for piece in split(memoryview(b"".join(frame)), takes_partial=False):
+    for piece in split(b"".join(frame), takes_partial=False):
         segment = bytes(piece)[20:]
         assert plain_sum(pseudo(4, TCP, len(segment)) + segment) == 0xFFFF
 
@@ -149,13 +149,13 @@ def test_segments_for_a_stock_peer_bear_full_checksums() -> None:
 def test_congestion_window_reduced_is_on_the_first_segment_only_and_the_end_on_the_last() -> None:
     whole = tcp(4, bytes(3000), 1, 1, 0x10 | 0x80 | 0x08 | 0x01, b"", partial=True)
     frame = VNET.pack(NEEDS_CSUM, GSO_TCPV4 | packet.GSO_ECN, 40, 1000, 20, 16) + whole
-    assert [piece[33] for piece in split(memoryview(frame), takes_partial=True)] == [0x90, 0x10, 0x19]
+    assert [piece[33] for piece in split(frame, takes_partial=True)] == [0x90, 0x10, 0x19]
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.binary(max_size=200), st.sampled_from((0, 1, 4, 5, 0x81, 3, 77)), st.integers(0, 300), st.integers(0, 300))
 def test_a_frame_that_makes_no_sense_is_refused_and_nothing_else(body: bytes, kind: int, size: int, start: int) -> None:
-    frame = memoryview(VNET.pack(NEEDS_CSUM, kind, 0, size, start, 16) + body)
+    frame = VNET.pack(NEEDS_CSUM, kind, 0, size, start, 16) + body
     try:
         split(frame, takes_partial=False)
     except BadPacketError:
@@ -168,4 +168,4 @@ def test_a_super_packet_of_udp_is_split_as_its_sender_meant() -> None:
     ((frame, count),) = coalesce(packets, takes_udp=True)
     assert count == 10
     assert VNET.unpack_from(b"".join(frame))[1] == GSO_UDP_L4
-    assert list(map(bytes, split(memoryview(b"".join(frame)), takes_partial=True))) == packets
+    assert list(map(bytes, split(b"".join(frame), takes_partial=True))) == packets

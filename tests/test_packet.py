@@ -54,8 +54,6 @@ def plain_checksum(data: bytes) -> int:
 def test_the_padding_behind_a_packet_is_cut_off(payload: bytes, options: int, padding: int) -> None:
     for packet in (ipv4(payload, options), ipv6(payload)):
         assert trim(packet + bytes(padding)) == packet
-        view = memoryview(packet + bytes(padding))
-        assert bytes(trim(view)) == packet
 
 
 @settings(deadline=None)
@@ -95,7 +93,7 @@ def test_addresses_are_where_they_stand(
         (ipv6(sender=str(from6), receiver=str(to6)), from6, to6),
     ):
         assert (source(packet), destination(packet)) == (sender.packed, receiver.packed)
-        assert (source(memoryview(packet)), destination(memoryview(packet))) == (sender.packed, receiver.packed)
+        assert destination(b"\x60" + packet, 1) == receiver.packed
 
 
 @settings(deadline=None)
@@ -103,7 +101,6 @@ def test_addresses_are_where_they_stand(
 @example(bytes.fromhex("0001f203f4f5f6f7"))
 def test_the_checksum_is_that_of_rfc_1071(data: bytes) -> None:
     assert checksum(data) == plain_checksum(data)
-    assert checksum(memoryview(data)) == plain_checksum(data)
 
 
 def test_the_checksum_of_the_example_in_rfc_1071() -> None:
@@ -148,7 +145,7 @@ OPTIONS = bytes([6, 0, 1, 4, 0, 0, 0, 0])  # a destination option of padding
 SOURCE_ROUTE = bytes([131, 7, 4]) + TRUE4 + b"\0"
 
 
-def odd_frame(between: bytes, *, payload: bytes, size: int, version: int = 6, true: bytes = b"") -> memoryview:
+def odd_frame(between: bytes, *, payload: bytes, size: int, version: int = 6, true: bytes = b"") -> bytes:
     """A frame of TCP behind extension headers or IPv4 options, as the kernel leaves it: summed for `true`."""
     tcp = struct.pack(">HHIIBBHHH", 1000, 2000, 7, 9, 5 << 4, 0x10, 512, 0, 0)
     if version == 6:
@@ -165,7 +162,7 @@ def odd_frame(between: bytes, *, payload: bytes, size: int, version: int = 6, tr
     partial = pseudo(own + (true or hop), whole)
     tcp = tcp[:16] + partial.to_bytes(2, "big") + tcp[18:]
     vnet = VNET.pack(NEEDS_CSUM, kind if size else GSO_NONE, 0, size, start, 16)
-    return memoryview(vnet + head + tcp + payload)
+    return vnet + head + tcp + payload
 
 
 def pseudo(addresses: bytes, length: int) -> int:
@@ -200,7 +197,7 @@ def test_a_sum_that_the_kernel_leaves_to_a_device_in_another_protocol_is_complet
     """GRE over IPv4 with a checksum of its own (RFC 2784): `ip tunnel add ... csum`."""
     gre = struct.pack(">HHI", 0x8000, 0x0800, 0) + bytes(range(84))
     head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(gre), 5, 0, 64, 47, 0) + OWN4 + HOP4
-    frame = memoryview(VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, 4) + head + gre)
+    frame = VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, 4) + head + gre
     assert not is_lone(frame)
     (packet,) = split(frame, takes_partial=takes_partial)
     assert bytes(packet[:20]) == head
@@ -227,7 +224,7 @@ def test_a_tcp_header_that_is_shorter_than_itself_is_refused(words: int) -> None
     frame = bytearray(odd_frame(OPTIONS, payload=bytes(500), size=100))
     frame[VNET_SIZE + 40 + len(OPTIONS) + 12] = words << 4
     with pytest.raises(BadPacketError):
-        split(memoryview(frame), takes_partial=True)
+        split(bytes(frame), takes_partial=True)
 
 
 def test_a_datagram_with_bytes_behind_it_is_handed_over_as_it_is() -> None:

@@ -106,7 +106,7 @@ def test_mutated_datagrams_change_nothing_at_the_client() -> None:
     before, drops = snapshot(net.client, OUTSIDE | copies), counted(net.client)
     inbox: list[Any] = []
     for number, datagram in enumerate(junk):
-        net.client.receive(memoryview(datagram), max(1, len(datagram)), number % 2, net.now, inbox)
+        net.client.receive(datagram, max(1, len(datagram)), number % 2, net.now, inbox)
         net.client.finish_turn(net.now)
     assert inbox == []
     assert net.client.transmits() == []
@@ -203,7 +203,7 @@ def test_a_run_of_datagrams_of_two_peers_and_other_things_is_taken_apart() -> No
     junk = bytes([9]) * size
     run = b"".join([good[0], good[1], foreign, good[2], junk, good[3], good[4], b"\x04\x00\x00\x00" + bytes(9)])
     inbox: list[bytes] = []
-    net.server.receive(memoryview(run), size, net.source(0), net.now, inbox)
+    net.server.receive(run, size, net.source(0), net.now, inbox)
     assert [bytes(packet)[20:21] for packet in inbox] == [bytes([number]) for number in range(5)]
     assert net.server.drops["unknown index"] == 1
     assert net.server.drops["malformed datagram"] == 2
@@ -218,10 +218,10 @@ def test_a_run_in_which_one_datagram_is_forged_loses_only_that_one() -> None:
     bad = [*good[:2], good[2][:-1] + bytes([good[2][-1] ^ 1]), *good[3:]]
     run = b"".join(bad)
     inbox: list[bytes] = []
-    net.server.receive(memoryview(run), len(good[0]), net.source(0), net.now, inbox)
+    net.server.receive(run, len(good[0]), net.source(0), net.now, inbox)
     assert [bytes(packet)[20] for packet in inbox] == [0, 1, 3, 4, 5]
     assert net.server.drops["not authentic"] == 1
-    net.server.receive(memoryview(good[2]), len(good[2]), net.source(0), net.now, inbox)
+    net.server.receive(good[2], len(good[2]), net.source(0), net.now, inbox)
     assert bytes(inbox[-1])[20] == 2  # the forged one has not marked its counter
 
 
@@ -313,7 +313,7 @@ def test_what_is_remembered_of_answered_handshakes_is_bounded() -> None:
 def test_responses_and_cookies_that_nobody_waits_for_are_dropped(message: bytes) -> None:
     net = busy()
     before = snapshot(net.client, OUTSIDE)
-    net.client.receive(memoryview(message), 200, 0, net.now, [])
+    net.client.receive(message, 200, 0, net.now, [])
     net.client.finish_turn(net.now)
     assert snapshot(net.client, OUTSIDE) == before
 
@@ -323,13 +323,13 @@ def test_the_index_of_a_handshake_is_good_for_a_response_only_and_that_of_a_sess
     assert net.peer.initiation is not None
     before = snapshot(net.client, OUTSIDE)
     data = b"\x04\x00\x00\x00" + net.peer.initiation.index.to_bytes(4, "little") + bytes(40)
-    net.client.receive(memoryview(data), len(data), 0, net.now, [])
+    net.client.receive(data, len(data), 0, net.now, [])
     assert snapshot(net.client, OUTSIDE) == before
     assert net.client.drops["unknown index"] == 1
     net = busy()
     _, response = net.sent(RESPONSE, "down")[0]  # a late copy: its index is that of the session by now
     before = snapshot(net.client, OUTSIDE)
-    net.client.receive(memoryview(response), len(response), 1, net.now, [])
+    net.client.receive(response, len(response), 1, net.now, [])
     net.client.finish_turn(net.now)
     assert snapshot(net.client, OUTSIDE) == before
 

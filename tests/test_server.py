@@ -103,11 +103,11 @@ def exchange(server: Server, client: BookPeer, source: Endpoint, now: float) -> 
     inbox: list[bytes] = []
     for _ in range(6):
         for transmit in client.transmits():
-            server.receive(memoryview(transmit.data), len(transmit.data), source, now, inbox)
+            server.receive(bytes(transmit.data), len(transmit.data), source, now, inbox)
         server.finish_turn(now)
         for transmit in server.transmits():
             assert transmit.to == source
-            client.receive(memoryview(bytes(transmit.data)), len(transmit.data), 0, now, [])
+            client.receive(bytes(transmit.data), len(transmit.data), 0, now, [])
     return [bytes(packet) for packet in inbox]
 
 
@@ -174,7 +174,7 @@ def test_a_turn_with_a_thousand_clients_busies_only_those_that_are_due(monkeypat
     now = START + 2.0
     client.send([ipv4(str(Network4[502]), TARGET, b"x")], now)
     assert len(exchange(server, client, stranger(500), now)) == 1
-    server.send([memoryview(PLAIN + ipv4(TARGET, str(Network4[502]), b"x"))], now)
+    server.send([PLAIN + ipv4(TARGET, str(Network4[502]), b"x")], now)
     server.finish_turn(now)
     server.next_deadline()
     server.handle_timeout(now)
@@ -228,7 +228,7 @@ def test_a_thousand_records_cost_nothing_until_their_clients_knock() -> None:
         entropy=rng.randbytes, rng=rng, now=1000.0, wall=WALL,
     )  # fmt: skip
     assert server._peers == {}
-    server.send([memoryview(PLAIN + ipv4(TARGET, str(Network4[500]), b"x"))], 1000.0)
+    server.send([PLAIN + ipv4(TARGET, str(Network4[500]), b"x")], 1000.0)
     assert len(server._peers) == 1
 
 
@@ -238,7 +238,7 @@ def test_packets_find_their_client_by_either_address_and_others_are_dropped() ->
     to_first, to_second = str(Network4[2]), str(Network4[3])
     frames = [ipv4(TARGET, to_first, b"1"), ipv4(TARGET, to_first, b"2"), ipv4(TARGET, to_second, b"3")]
     frames += [ipv6(bytes(16), Network6[3].packed, b"4"), ipv4(TARGET, "10.0.9.9", b"5"), b"\x45", b"\x00" * 40]
-    server.send([memoryview(PLAIN + packet) for packet in frames], START)
+    server.send([PLAIN + packet for packet in frames], START)
     sent = [(transmit.to, len(transmit.data) // transmit.size) for transmit in server.transmits()]
     assert sent == [(stranger(0), 2), (stranger(1), 1), (stranger(1), 1)]
     assert server.drops["packet to nobody"] == 3

@@ -55,7 +55,7 @@ def answer(net: Simnet, plain: bytes, number: int = 0) -> None:
     """Let the client receive what the server could have sent."""
     assert net.guest.current is not None
     datagram = net.guest.current.seal(plain)
-    net.client.receive(memoryview(datagram), len(datagram), number, net.now, [])
+    net.client.receive(datagram, len(datagram), number, net.now, [])
     net.turn()
 
 
@@ -296,7 +296,7 @@ def test_a_cookie_for_another_message_is_ignored() -> None:
     assert initiation is not None
     other = bytes(reversed(initiation.datagram))
     reply = net.server._door.cookie_reply(initiation.datagram[:8] + other[8:], net.source(0), net.now)
-    net.client.receive(memoryview(reply), len(reply), 0, net.now, [])
+    net.client.receive(reply, len(reply), 0, net.now, [])
     net.turn()
     assert net.client.drops["cookie not authentic"] == 1
     net.run(1.0)
@@ -312,7 +312,7 @@ def test_a_forged_response_changes_nothing() -> None:
     forged = body + noise.mac(net.client.key.mac1_key, body) + bytes(16)  # who knows our public key can do that
     aside = frozenset({"_door", "_is_settled"})  # what floods may fill; whether the next deadline is known
     before = snapshot(net.client, aside)
-    net.client.receive(memoryview(forged), len(forged), 0, net.now, [])
+    net.client.receive(forged, len(forged), 0, net.now, [])
     net.client.finish_turn(net.now)
     assert net.client.drops["response not authentic"] == 1
     assert snapshot(net.client, aside) == before
@@ -649,7 +649,7 @@ def test_a_goodbye_under_an_older_session_is_no_news() -> None:
     late = net.guest.current.seal(Close(WHOLE_SESSION, 0).encode())
     Traffic(net, rate=5).run(125.0)
     since = net.now
-    net.client.receive(memoryview(late), len(late), 0, net.now, [])
+    net.client.receive(late, len(late), 0, net.now, [])
     net.run(0.5)
     assert initiations(net, since=since) == []
 
@@ -961,7 +961,7 @@ def test_the_server_cannot_make_the_client_send_elsewhere() -> None:
     net = running(Wire(), Wire())
     assert net.guest.current is not None
     datagram = net.guest.current.seal(ipv4(TARGET, CLIENT, b"x"))
-    net.client.receive(memoryview(datagram), len(datagram), 1, net.now, [])
+    net.client.receive(datagram, len(datagram), 1, net.now, [])
     since = net.now
     net.client_sends(PACKET)
     assert {transmit for _, _, transmit, _ in net.log if _ is not None} <= {0, 1}

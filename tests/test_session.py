@@ -53,7 +53,7 @@ def seal_at(sender: Session, counter: int, plain: bytes = b"") -> bytes:
 
 def deliver(receiver: Session, datagrams: Sequence[bytes], path: int | None = None, now: float = 1.0) -> Opened:
     """Open datagrams that came in one run: all of one size, the last perhaps shorter."""
-    return receiver.open(memoryview(b"".join(datagrams)), len(datagrams[0]), path, now)
+    return receiver.open(b"".join(datagrams), len(datagrams[0]), path, now)
 
 
 def accepts(receiver: Session, sender: Session, counter: int) -> bool:
@@ -310,7 +310,7 @@ def test_any_bytes_at_all_open_nothing_and_mark_nothing(junk: bytes, size: int) 
     _, receiver = pair()
     if len(junk) % size and len(junk) % size < OVERHEAD:
         junk = junk[: len(junk) // size * size] or junk
-    opened = receiver.open(memoryview(junk), size, 0, 1.0)
+    opened = receiver.open(junk, size, 0, 1.0)
     assert (opened.plain, opened.credited, receiver.window.top) == ([], 0, -1)
     assert opened.bad == -(-len(junk) // size)
 
@@ -361,7 +361,7 @@ def test_no_counter_is_used_twice(batches: list[int]) -> None:
             counters.append(TRANSPORT_HEADER.unpack_from(sender.seal(b"one"))[2])
         else:
             run = sender.seal_run([bytes(20)] * batch, 0)
-            counters += read_counters(memoryview(run), sealed_size(20, 0))
+            counters += read_counters(run, sealed_size(20, 0))
     assert counters == list(range(len(counters)))
     assert sender.counter == len(counters)
 
@@ -404,7 +404,7 @@ def test_a_run_is_sealed_as_its_packets_are_one_by_one(length: int, shorter: lis
     one_by_one = b"".join(alone.seal(packet, limit) for packet in packets)
     run = together.seal_run(packets, limit)
     assert run == one_by_one
-    opened = receiver.open(memoryview(run), sealed_size(length, limit), 0, 1.0)
+    opened = receiver.open(run, sealed_size(length, limit), 0, 1.0)
     assert [plain[: len(packet)] for plain, packet in zip(opened.plain, packets, strict=True)] == packets
 
 
@@ -455,7 +455,7 @@ def test_runs_are_cut_where_type_or_index_change(heads: list[tuple[int, int]], l
 def test_counters_are_read_from_every_datagram_of_a_run(counters: list[int], size: int, data: st.DataObject) -> None:
     datagrams = [TRANSPORT_HEADER.pack(4, 1, counter).ljust(size, b"x") for counter in counters]
     datagrams[-1] = datagrams[-1][: data.draw(st.integers(OVERHEAD, size))]
-    assert list(read_counters(memoryview(b"".join(datagrams)), size)) == counters
+    assert list(read_counters(b"".join(datagrams), size)) == counters
 
 
 @pytest.mark.parametrize("mtu", [1280, 1300, 1320, 1340, 1360, 1380, 1400, 1420])

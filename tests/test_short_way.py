@@ -93,7 +93,7 @@ def test_a_client_may_be_removed_in_the_turn_in_which_its_packet_came() -> None:
     datagram = session.seal(ipv4(CLIENT, TARGET, b"x"), 1280)
     guest = net.guest
     inbox: list[bytes] = []
-    net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
+    net.server.receive(datagram, len(datagram), net.source(0), net.now, inbox)
     assert (len(inbox), guest.packets_received) == (1, before), "it went the short way"
     net.server.control("peer-remove", Fields({"name": "sim"}, "peer-remove"), net.now)
     net.turn()
@@ -106,10 +106,10 @@ def test_one_way_out_less_is_noticed_in_the_same_turn() -> None:
     net.run(3.0)
     Traffic(net, RATE).start(1.0)
     net.run(0.1)
-    net.client.send([memoryview(PLAIN + ipv4(CLIENT, TARGET, b"x"))], net.now, [])
+    net.client.send([PLAIN + ipv4(CLIENT, TARGET, b"x")], net.now, [])
     assert {transmit.to for transmit in net.client.transmits()} == {0, 1}
     net.client.path_failed(0, "its interface has gone", net.now)
-    net.client.send([memoryview(PLAIN + ipv4(CLIENT, TARGET, b"y"))], net.now, [])
+    net.client.send([PLAIN + ipv4(CLIENT, TARGET, b"y")], net.now, [])
     assert {transmit.to for transmit in net.client.transmits()} == {1}
 
 
@@ -124,7 +124,7 @@ def test_it_lets_nothing_through_that_the_long_way_would_not(what: str) -> None:
     assert session is not None
     datagram = session.seal(plain, len(plain))  # as it is, if that is a multiple of 16, else padded
     inbox: list[bytes] = []
-    net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
+    net.server.receive(datagram, len(datagram), net.source(0), net.now, inbox)
     net.turn()
     length = len(GOOD4) if "IPv4" in what else len(GOOD6)
     assert [bytes(packet) for packet in inbox] == ([] if complaint else [plain[:length]])
@@ -140,7 +140,7 @@ def lone(net: Simnet, count: int, payload: bytes = b"x") -> list[bytes]:
     inbox: list[bytes] = []
     for _ in range(count):
         datagram = session.seal(ipv4(CLIENT, TARGET, payload), 1280)
-        assert net.server.receive(memoryview(datagram), len(datagram), net.source(0), net.now, inbox)
+        assert net.server.receive(datagram, len(datagram), net.source(0), net.now, inbox)
     return inbox
 
 
@@ -214,7 +214,7 @@ def test_a_path_that_moves_is_left_out_at_once() -> None:
     assert net.now < net.peer.short_until
     net.wires[0].address = "192.168.0.77"
     net.client.links_changed(net.links(), net.now)
-    net.client.send([memoryview(PLAIN + ipv4(CLIENT, TARGET, b"y"))], net.now, [])
+    net.client.send([PLAIN + ipv4(CLIENT, TARGET, b"y")], net.now, [])
     assert {transmit.to for transmit in net.client.transmits()} == {1}
 
 
@@ -227,5 +227,5 @@ def test_a_sum_that_begins_further_in_is_not_for_the_short_way(start: int) -> No
     assert net.client._peer.short_until > net.now
     net.client._peer.takes_partial = True
     frame = VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, start, 16) + ipv4(CLIENT, TARGET, bytes(60))
-    sealed = net.client.send_one(memoryview(frame), net.now)
+    sealed = net.client.send_one(frame, net.now)
     assert (sealed is None) is (start != 20)

@@ -199,7 +199,7 @@ def test_a_control_message_that_is_replayed_or_reflected_changes_nothing_on_eith
         for source in (net.source(number), stranger()):  # a copy by the other path would count as come by it
             net.deliver(datagram, source)
         for path in reflected_to:
-            net.client.receive(memoryview(datagram), len(datagram), path, net.now, [])
+            net.client.receive(datagram, len(datagram), path, net.now, [])
         net.turn()
     assert len(captured) >= (1 if kind is Control.CLOSE else 10)
     assert net.to_strangers() == []
