@@ -72,8 +72,7 @@ class OpenSsl:
     @staticmethod
     def nonces(counters: Sequence[int]) -> tuple[bytes, ...]:
         """Return a nonce for each counter."""
-        count = len(counters)
-        write, read = _layouts("<" + "4xQ" * count, "12s" * count)
+        write, read = _layouts("4xQ", "12s", len(counters))
         return read.unpack(write.pack(*counters))
 
 
@@ -99,8 +98,7 @@ class AwsLc:
     @staticmethod
     def nonces(counters: Sequence[int]) -> tuple[int, ...]:
         """Return a nonce for each counter."""
-        count = len(counters)
-        write, read = _layouts(f"<{count}Q", f">{count}Q")
+        write, read = _layouts("Q", "Q", len(counters))
         return read.unpack(write.pack(*counters))
 
     @classmethod
@@ -135,8 +133,9 @@ def _agree(one: type[Aead], other: type[Aead]) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _layouts(write: str, read: str) -> tuple[struct.Struct, struct.Struct]:
-    return struct.Struct(write), struct.Struct(read)
+def _layouts(write: str, read: str, count: int) -> tuple[struct.Struct, struct.Struct]:
+    """Return what writes `count` numbers, little-endian, and what reads them, big-endian."""
+    return struct.Struct("<" + write * count), struct.Struct(">" + read * count)
 
 
 CIPHER: Final[type[Aead]] = AwsLc if AwsLc.load() else OpenSsl

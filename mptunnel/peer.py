@@ -257,13 +257,14 @@ class Peer:
             self._stage(run, now)
             return
         rest: list[bytes] = []
-        most = max(given for _, _, given in chosen)
+        most = max([given for _, _, given in chosen])
         if most < count:  # nobody takes the rest of the run with this call
             count, run, rest = most, run[:most], run[most:]
         limit = self.tunnel_mtu or self.mtu
         data = session.seal(run[0], limit) if count == 1 else session.seal_run(run, limit)
         self.packets_sent += count
-        self.bytes_sent += sum(map(len, run))
+        for packet in run:
+            self.bytes_sent += len(packet)
         for path, to, given in chosen:
             part = data if given == count else memoryview(data)[: given * size]
             out.append(Transmit(to, part, size))

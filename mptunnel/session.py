@@ -49,6 +49,7 @@ _LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
 _ZEROS = bytes(PADDING)
+_run: Final = BytesWriter()  # that is being sealed; it has grown already
 _nonce, _nonces, _Forged = CIPHER.nonce, CIPHER.nonces, CIPHER.Forged
 
 
@@ -132,7 +133,7 @@ class ReplayWindow:
 
     def deliveries(self, first: int, last: int) -> tuple[bytes, bytes]:
         """Return, for counters `first` to `last` inclusive, who was first (0: nobody) and the bits of all paths."""
-        spans = list(_spans(first, last - first + 1))
+        spans = _spans(first, last - first + 1)
         return (
             b"".join(self._first[low:high] for low, high in spans),
             b"".join(self._paths[low:high] for low, high in spans),
@@ -221,7 +222,8 @@ class Session:
         counter, plain = self.counter, _padded(packets, limit)
         self.counter = counter + len(plain)
         nonces = _nonces(range(counter, self.counter))
-        start, run = _START.pack(TRANSPORT, self.remote_index), BytesWriter()
+        start, run = _START.pack(TRANSPORT, self.remote_index), _run
+        run.truncate(0)
         for sealed in map(self._seal, nonces, plain, repeat(NO_DATA)):  # each is copied while it is in the cache
             run.write(start)
             write_i64_le(run, counter)
@@ -400,15 +402,11 @@ def _first_of_consecutive(run: bytes, size: i64) -> i64:
     return first if 0 <= first < REKEY_AFTER_MESSAGES else -1  # what is beyond is looked at one by one
 
 
-def _spans(first: int, count: int) -> Iterator[tuple[int, int]]:
-    """Yield the one or two slices of the ring that hold `count` consecutive counters."""
+def _spans(first: int, count: int) -> list[tuple[int, int]]:
+    """Return the one or two slices of the ring that hold `count` consecutive counters."""
     low = first & _MASK
     high = low + count
-    if high <= WINDOW:
-        yield low, high
-    else:
-        yield low, WINDOW
-        yield 0, high - WINDOW
+    return [(low, high)] if high <= WINDOW else [(low, WINDOW), (0, high - WINDOW)]
 
 
 def _lacking(length: int, limit: int) -> int:
