@@ -432,6 +432,8 @@ def _run(packets: list[bytes], at: int, end: int, protocol: int, start: int) -> 
     if len(follower) <= body or not _are_same(follower, first, flow, start + 4):
         return 1, None
     headers = _Headers(first, start, body, size, protocol)
+    if not headers.has(first, 0):  # a wrong checksum of the IPv4 header: it would come back right
+        return 1, None
     check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     is_full = first[check] << 8 | first[check + 1] != _pseudo_sum(first, protocol, length - start)
     number, limit = 1, min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)

@@ -69,7 +69,7 @@ def flows(draw: st.DrawFn) -> list[bytes]:
     sequence, ident, packets = draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 65535)), []
     for _ in range(draw(st.integers(1, 12))):
         event = draw(
-            st.sampled_from(("", "", "", "", "lost", "short", "push", "fin", "cwr", "ece", "foreign", "empty"))
+            st.sampled_from(("", "", "", "", "lost", "short", "push", "fin", "cwr", "ece", "foreign", "empty", "wrong"))
         )
         length = {"short": max(1, size // 2), "empty": 0}.get(event, size)
         payload = rng.randbytes(length)
@@ -80,6 +80,8 @@ def flows(draw: st.DrawFn) -> list[bytes]:
             packets.append(tcp(version, payload, sequence, ident, flags, options, partial=partial))
         else:
             packets.append(udp(version, payload, ident, partial=partial))
+        if event == "wrong" and version == 4:  # the checksum of the header, which must not come back right
+            packets[-1] = packets[-1][:10] + bytes((packets[-1][10] ^ 1,)) + packets[-1][11:]
         sequence += length + (size if event == "lost" else 0)
         ident += 1 + (event == "lost")
     return packets

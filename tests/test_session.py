@@ -277,6 +277,16 @@ def test_what_comes_below_the_window_is_late_and_not_opened() -> None:
     assert deliver(receiver, old).late == 3
 
 
+@pytest.mark.parametrize("first", [REKEY_AFTER_MESSAGES - 2, (1 << 62) - 2, (1 << 63) - 2, 1 << 63])
+def test_a_run_of_high_counters_is_taken_whole_and_once(first: int) -> None:
+    sender, receiver = pair()
+    run = [seal_at(sender, first + number, plain) for number, plain in enumerate(plains(4))]
+    opened = deliver(receiver, run, path=0)
+    assert (opened.plain, list(opened.counters)) == (plains(4), [first + number for number in range(4)])
+    opened = deliver(receiver, run, path=1)
+    assert (opened.plain, opened.repeated, opened.credited) == ([], 4, 4)
+
+
 def test_counters_at_the_end_of_all_counters_are_refused_and_move_nothing() -> None:
     sender, receiver = pair()
     for counters in ([REJECT_AFTER_MESSAGES], [REJECT_AFTER_MESSAGES + n for n in range(4)], [(1 << 64) - 1]):
