@@ -59,8 +59,11 @@ def use() -> None:
         mptunnel.__path__.insert(0, directory)
         try:
             import_module(f"mptunnel.{LIBRARY}")
-        except ImportError:  # of another C library than this system's
+            import_module("mptunnel.packet")  # which tells whether this librt is the one that they were compiled for
+        except (ImportError, AttributeError, ValueError):  # another C library than this system's, or another librt
             mptunnel.__path__.remove(directory)
+            for name in (*MODULES, LIBRARY):
+                sys.modules.pop(f"mptunnel.{name}", None)
 
 
 def keep_memory() -> None:

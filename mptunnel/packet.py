@@ -41,7 +41,7 @@ PLAIN: Final = bytes(VNET_SIZE)
 PLAIN_IPV4: Final = 0x45  # the first byte of a header without options
 LEAST_FRAME: Final = VNET_SIZE + IPV4_HEADER
 _PROTOCOL: Final = VNET_SIZE + 9
-_VERSIONS: Final = frozenset({4, 6})
+_LEAST: Final = {4: IPV4_HEADER, 6: IPV6_HEADER}  # length of a header, by version
 NEEDS_CSUM: Final = 1
 GSO_NONE: Final = 0
 GSO_TYPE: Final = 1  # where a frame says it
@@ -148,16 +148,17 @@ def split(frame: bytes, *, takes_partial: bool) -> list[bytes]:
     `takes_partial`: the receiver knows partial checksums. Raises BadPacketError for a frame that makes no sense.
     """
     length, at = len(frame) - VNET_SIZE, VNET_SIZE
-    if length < 1 or frame[at] >> 4 not in _VERSIONS:  # it must not be taken for a control message over there
+    version = frame[at] >> 4 if length > 0 else 0
+    least = _LEAST.get(version, MAX_LENGTH)
+    if length < least:  # nor may it be taken for a control message over there
         raise BadPacketError(f"no IP packet in a frame of {len(frame)} bytes")
     flags, kind, _, size, start, offset = VNET.unpack_from(frame)
-    is_plain = length >= IPV4_HEADER and _is_plain(frame, start)
+    is_plain = _is_plain(frame, start)
     takes_partial = takes_partial and is_plain
     if kind == GSO_NONE:
         packet = frame[at:]
         return [_completed(packet, start, offset) if flags & NEEDS_CSUM and not takes_partial else packet]
     kind &= ~GSO_ECN
-    least = IPV4_HEADER if frame[at] >> 4 == 4 else IPV6_HEADER
     if kind not in _KINDS or not size or start < least or length < start + _UDP_HEADER:
         raise BadPacketError(f"super-packet of kind {kind} with segments of {size} bytes")
     is_tcp = kind != GSO_UDP_L4

@@ -3,8 +3,8 @@
 `ReplayWindow` is also the duplicate filter of the tunnel. It keeps two bytes for each of the last 2^17 counters: who
 delivered it first, and a bit for each path that delivered it at all. The first says whether a copy may be dropped
 before it is decrypted; the second is what the receipts are made of. The check only reads; a counter is marked after
-its tag has been verified (RFC 6479). Consecutive counters, which is how
-a run of datagrams comes in, are looked up and marked by slices: a run of duplicates costs little more than one.
+its tag has been verified (RFC 6479). Consecutive counters, which is how a run of datagrams comes in, are looked up and
+marked by slices: a run of duplicates costs little more than one.
 
 A `Session` seals a packet once; the same bytes then go out on every path. A counter is spent even if nothing could
 be sent with it.
@@ -49,7 +49,7 @@ _LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
 _MASK = WINDOW - 1
 _START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
 _ZEROS = bytes(PADDING)
-_run: Final = BytesWriter()  # that is being sealed; it has grown already
+_run: Final = BytesWriter()  # that is being sealed; one for all, since it keeps the size that it has grown to
 _nonce, _nonces, _Forged = CIPHER.nonce, CIPHER.nonces, CIPHER.Forged
 
 

@@ -1,8 +1,8 @@
 """The TUN device: made by python-pytun, or by the ioctl behind it where that has no wheel.
 
 The device is not persistent: it, its addresses and every route by it go when the process goes. Packets are read and
-written on its descriptor directly, without the four bytes of packet information and without a copy into a new object
-(python-pytun's own `read` and `write` allocate and take only bytes).
+written on its descriptor directly, without the four bytes of packet information: what is written is gathered from
+several objects, which python-pytun's own `write` does not do.
 
 With IFF_VNET_HDR and TUNSETOFFLOAD one call carries a super-packet of up to 64 KB (see `packet`). Where the kernel
 refuses, in whole or for UDP, it is done without; frames look the same then, their header all zeros.

@@ -70,6 +70,10 @@ def test_a_library_that_cannot_be_loaded_is_left_alone(package: Path) -> None:
     assert looked(package) == "interpreted py"
 
 
+def test_with_another_librt_than_they_were_compiled_for_the_sources_run(package: Path) -> None:
+    assert looked(package, before="import librt.strings; del librt.strings._C_API") == "interpreted py"
+
+
 def test_those_of_another_interpreter_are_not_taken(package: Path) -> None:
     for library in (package / native.DIRECTORY).glob(f"*{native.SUFFIX}"):
         library.rename(library.with_name(library.name.replace(native.SUFFIX, ".cpython-399-x86_64-linux-gnu.so")))

@@ -154,6 +154,13 @@ def test_congestion_window_reduced_is_on_the_first_segment_only_and_the_end_on_t
     assert [piece[33] for piece in split(frame, takes_partial=True)] == [0x90, 0x10, 0x19]
 
 
+@pytest.mark.parametrize("takes_partial", [True, False])
+@pytest.mark.parametrize("packet", [b"\x45", b"\x40" + bytes(8) + b"\x11" + bytes(9), b"\x60" + bytes(38), b""])
+def test_a_frame_without_a_whole_header_is_refused(packet: bytes, takes_partial: bool) -> None:
+    with pytest.raises(BadPacketError):
+        split(VNET.pack(0, 0, 0, 0, 0, 0) + packet, takes_partial=takes_partial)
+
+
 @settings(deadline=None, max_examples=500)
 @given(st.binary(max_size=200), st.sampled_from((0, 1, 4, 5, 0x81, 3, 77)), st.integers(0, 300), st.integers(0, 300))
 def test_a_frame_that_makes_no_sense_is_refused_and_nothing_else(body: bytes, kind: int, size: int, start: int) -> None:
