@@ -324,7 +324,8 @@ class Client(Role):
         has_no_ipv6 = tunnel is not None and not tunnel.ipv6_onward
         packets: list[bytes] = []
         for frame in frames:
-            if has_no_ipv6 and frame[VNET_SIZE] >> 4 == 6 and self._answers_ipv6(frame[VNET_SIZE:], inbox):
+            is_ipv6 = len(frame) > VNET_SIZE and frame[VNET_SIZE] >> 4 == 6
+            if has_no_ipv6 and is_ipv6 and self._answers_ipv6(frame[VNET_SIZE:], inbox):
                 continue
             try:
                 packets += split(frame, takes_partial=takes_partial)

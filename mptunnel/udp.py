@@ -65,7 +65,7 @@ class PathError(Exception):
 
 
 class Receiver:
-    """What both kinds of socket do: they ask of the kernel, and its count of what did not fit their queue."""
+    """What both kinds of socket do: send runs if the kernel can, and note for what their own queue had no room."""
 
     def __init__(self, sock: socket.socket, *, offload: bool) -> None:
         if sock.fileno() >= MAX_FD:

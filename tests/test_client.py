@@ -974,11 +974,11 @@ def test_what_is_no_ip_packet_is_not_sent() -> None:
     net.run(1.0)
     since = net.now
     inbox: list[bytes] = []
-    net.client.send([PLAIN + b"\x01" + bytes(60), PLAIN + bytes(20)], net.now, inbox)
+    net.client.send([PLAIN + b"\x01" + bytes(60), PLAIN + bytes(20), PLAIN, PLAIN + b"\x60", b""], net.now, inbox)
     net.turn()
     assert net.sent(TRANSPORT, "up", None, since) == []
     assert inbox == []
-    assert net.client.drops["malformed frame"] == 2
+    assert net.client.drops["malformed frame"] == 5
 
 
 def test_each_change_of_state_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
