@@ -57,6 +57,7 @@ from mptunnel.packet import (
     IPV6_HEADER,
     MIN_MTU,
     VNET_SIZE,
+    destination,
     is_lone,
     no_route6,
     split,
@@ -324,8 +325,7 @@ class Client(Role):
         has_no_ipv6 = tunnel is not None and not tunnel.ipv6_onward
         packets: list[bytes] = []
         for frame in frames:
-            is_ipv6 = len(frame) > VNET_SIZE and frame[VNET_SIZE] >> 4 == 6
-            if has_no_ipv6 and is_ipv6 and self._answers_ipv6(frame[VNET_SIZE:], inbox):
+            if has_no_ipv6 and self._answers_ipv6(frame, inbox):
                 continue
             try:
                 packets += split(frame, takes_partial=takes_partial)
@@ -811,13 +811,15 @@ class Client(Role):
         values = tunnel_values(tunnel, self._tunnel_mtu, self._settings.routes, tuple(self._servers.known), self._kept)
         self._events.append(RunScript("up", values))
 
-    def _answers_ipv6(self, packet: bytes, inbox: list[bytes]) -> bool:
-        """Whether an IPv6 packet is for beyond the server, which could not pass it on; it is answered then."""
+    def _answers_ipv6(self, frame: bytes, inbox: list[bytes]) -> bool:
+        """Whether a frame is an IPv6 packet for beyond the server, which could not pass it on; it is answered then."""
+        if len(frame) < VNET_SIZE + IPV6_HEADER or frame[VNET_SIZE] >> 4 != 6:
+            return False
         server = None if self._tunnel is None else self._tunnel.peer6
-        if server is None or len(packet) < IPV6_HEADER or packet[24:40] == server.packed:
+        if server is None or destination(frame, VNET_SIZE) == server.packed:
             return False
         self.drops["IPv6 that the server cannot pass on"] += 1
-        answer = no_route6(packet, server)
+        answer = no_route6(frame[VNET_SIZE:], server)
         if answer is not None:
             inbox.append(answer)
         return True

@@ -228,13 +228,14 @@ class _Headers:
     """
 
     __slots__ = (
-        "_addresses", "_body", "_first", "_ident", "_is_ipv4", "_is_tcp", "_length", "_own", "_rest", "_sequence",
-        "_size", "_start",
+        "_addresses", "_body", "_check", "_first", "_ident", "_is_ipv4", "_is_tcp", "_length", "_own", "_rest",
+        "_sequence", "_size", "_start",
     )  # fmt: skip
 
     def __init__(self, first: bytes, start: i64, body: i64, size: i64, protocol: int) -> None:
         self._first, self._start, self._body, self._size = first, start, body, size
         self._is_ipv4, self._is_tcp = first[0] >> 4 == 4, protocol == TCP
+        self._check: i64 = _TCP_CHECK if self._is_tcp else _UDP_CHECK  # where it is, from `start`
         self._addresses: i64 = _sum_of_addresses(first) + protocol
         self._ident = read_i64_be(first, 0) >> 16 & 0xFFFF
         self._sequence = read_i64_be(first, start) & 0xFFFFFFFF
@@ -250,8 +251,7 @@ class _Headers:
             own[start + _TCP_FLAGS] = flags
         else:
             _put(own, start + 4, length - start)
-        check = _TCP_CHECK if self._is_tcp else _UDP_CHECK
-        _put(own, start + check, _folded(self._addresses + length - start))
+        _put(own, start + self._check, _folded(self._addresses + length - start))
         if self._is_ipv4:
             self._rest += length - self._length
             self._length = length
@@ -290,6 +290,37 @@ class _Headers:
         if read_i64_be(packet, start) & 0xFFFFFFFF != (self._sequence + number * self._size) & 0xFFFFFFFF:
             return False
         return _are_same(packet, first, at, start + 4) and _are_same(packet, first, start + 8, self._body)
+
+    def is_next(self, packet: bytes, number: i64, *, is_full: bool) -> bool | None:
+        """Whether `packet` is the last of a run, as its segment `number`; None if it does not belong to it.
+
+        The last one may be shorter, and may bear FIN and PSH. `is_full`: no checksum of the run is partial.
+        """
+        first, start = self._first, self._start
+        if not self._body < len(packet) <= len(first):
+            return None
+        flags = first[start + _TCP_FLAGS] | packet[start + _TCP_FLAGS] & _ENDS if self._is_tcp else 0
+        self.shape(len(packet) - self._body, flags)
+        expected, check = self.header(number), start + self._check
+        if is_full:  # any but a partial one: those are not mixed
+            own = packet[check : check + 2]
+            if own == expected[check : check + 2] or not _check_is_fine(packet, TCP if self._is_tcp else UDP, start):
+                return None
+            expected = expected[:check] + own + expected[check + 2 :]
+        if not packet.startswith(expected):
+            return None
+        return len(packet) < len(first) or flags & _ENDS != 0
+
+    def together(self, packets: list[bytes]) -> Frame:
+        """Return the super-packet of these segments, the first one among them; it has the flags of the last."""
+        start, body, last = self._start, self._body, packets[-1]
+        flags = last[start + _TCP_FLAGS] if self._is_tcp else 0
+        self.shape(self._size * (len(packets) - 1) + len(last) - body, flags)
+        kind = GSO_UDP_L4 if not self._is_tcp else GSO_TCPV4 if self._is_ipv4 else GSO_TCPV6
+        frame: Frame = [VNET.pack(NEEDS_CSUM, kind, body, self._size, start, self._check), self.header(0)]
+        for packet in packets:
+            frame.append(packet[body:])
+        return frame
 
     def _set(self, number: i64) -> None:
         own = self._own
@@ -366,14 +397,16 @@ def coalesce(packets: list[bytes], *, takes_udp: bool) -> list[tuple[Frame, int]
             at += 1
             continue
         protocol, start = found
-        count, headers = 1, None
+        run = None
         if at + 1 < end and len(packets[at + 1]) <= len(packet) and (protocol == TCP or takes_udp):
-            count, headers = _run(packets, at, end, protocol, start)
-        if count > 1 and headers is not None:
-            frames.append((_super(packets[at : at + count], headers, protocol, start), count))
+            run = _run(packets, at, end, protocol, start)
+        if run is not None:
+            count, headers = run
+            frames.append((headers.together(packets[at : at + count]), count))
+            at += count
         else:
             frames.append(([_single_header(packet, protocol, start), packet], 1))
-        at += count
+            at += 1
     return frames
 
 
@@ -415,61 +448,39 @@ def _transport(packet: bytes) -> tuple[int, int] | None:
     return (protocol, start) if len(packet) >= start + least else None
 
 
-def _run(packets: list[bytes], at: int, end: int, protocol: int, start: int) -> tuple[int, _Headers | None]:
-    """Return how many packets from `at` on are one super-packet, and if it is more than one, their headers."""
+def _run(packets: list[bytes], at: int, end: int, protocol: int, start: int) -> tuple[int, _Headers] | None:
+    """Return how many packets from `at` on are one super-packet, and their headers; None if it is only this one."""
     first, follower = packets[at], packets[at + 1]
     if protocol == TCP:
         body = start + (first[start + 12] >> 4) * 4
         if first[start + _TCP_FLAGS] & (_NEVER | _ENDS) or body < start + _TCP_HEADER:
-            return 1, None
+            return None
     else:
         body = start + _UDP_HEADER
         if _U16.unpack_from(first, start + 4)[0] != len(first) - start:
-            return 1, None
+            return None
     length, size = len(first), len(first) - body
     if size <= 0 or not _check_is_fine(first, protocol, start):
-        return 1, None
+        return None
     flow = 12 if first[0] >> 4 == 4 else 8  # addresses, and behind them ports
     if len(follower) <= body or not _are_same(follower, first, flow, start + 4):
-        return 1, None
+        return None
     headers = _Headers(first, start, body, size, protocol)
     if not headers.has(first, 0):  # a wrong checksum of the IPv4 header: it would come back right
-        return 1, None
+        return None
     check = start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
     is_full = first[check] << 8 | first[check + 1] != _pseudo_sum(first, protocol, length - start)
     number, limit = 1, min(end - at, MAX_SEGMENTS, (MAX_LENGTH - body) // size)
     while number < limit:
         packet = packets[at + number]
         if is_full or len(packet) != length or not headers.has(packet, number):
-            ends = _is_next(packet, headers, number, first, body, start, protocol, is_full=is_full)
+            ends = headers.is_next(packet, number, is_full=is_full)
             if ends is None:
                 break
             if ends:
                 return number + 1, headers
         number += 1
-    return number, headers
-
-
-def _is_next(
-    packet: bytes, headers: _Headers, number: int, first: bytes, body: int, start: int, protocol: int, *, is_full: bool
-) -> bool | None:
-    """Whether `packet` is the last of a run; None if it does not belong to it.
-
-    The last one may be shorter, and may bear FIN and PSH.
-    """
-    if not body < len(packet) <= len(first):
-        return None
-    flags = first[start + _TCP_FLAGS] | packet[start + _TCP_FLAGS] & _ENDS if protocol == TCP else 0
-    headers.shape(len(packet) - body, flags)
-    expected, check = headers.header(number), start + (_TCP_CHECK if protocol == TCP else _UDP_CHECK)
-    if is_full:  # any but a partial one: those are not mixed
-        own = packet[check : check + 2]
-        if own == expected[check : check + 2] or not _check_is_fine(packet, protocol, start):
-            return None
-        expected = expected[:check] + own + expected[check + 2 :]
-    if not packet.startswith(expected):
-        return None
-    return len(packet) < len(first) or flags & _ENDS != 0
+    return (number, headers) if number > 1 else None
 
 
 def _check_is_fine(packet: bytes, protocol: int, start: int) -> bool:
@@ -489,20 +500,6 @@ def _sum_without(packet: bytes, start: int, check: int) -> int:
     protocol = packet[9] if packet[0] >> 4 == 4 else packet[6]
     total = _pseudo_sum(packet, protocol, len(packet) - start) + _raw_sum(packet[start:]) - check
     return total % 0xFFFF
-
-
-def _super(packets: list[bytes], headers: _Headers, protocol: int, start: int) -> Frame:
-    first, last = packets[0], packets[-1]
-    is_tcp = protocol == TCP
-    body = start + ((first[start + 12] >> 4) * 4 if is_tcp else _UDP_HEADER)
-    size = len(first) - body
-    headers.shape(size * (len(packets) - 1) + len(last) - body, last[start + _TCP_FLAGS] if is_tcp else 0)
-    kind = GSO_UDP_L4 if not is_tcp else GSO_TCPV4 if first[0] >> 4 == 4 else GSO_TCPV6
-    vnet = VNET.pack(NEEDS_CSUM, kind, body, size, start, _TCP_CHECK if is_tcp else _UDP_CHECK)
-    frame: Frame = [vnet, headers.header(0)]
-    for packet in packets:
-        frame.append(packet[body:])
-    return frame
 
 
 # -- sums ------------------------------------------------------------------------------------------------

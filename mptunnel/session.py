@@ -207,10 +207,7 @@ class Session:
         counter = self.counter
         self.counter = counter + 1
         head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
-        lacking = -len(packet) % PADDING
-        if lacking:
-            if len(packet) + lacking > limit > 0:
-                lacking = max(0, limit - len(packet))
+        if lacking := _lacking(len(packet), limit):
             packet += _ZEROS[:lacking]
         return head + self._seal(_nonce(counter), packet, NO_DATA)
 
@@ -373,16 +370,16 @@ def same_headers(datagrams: bytes, size: i64) -> list[bytes]:
 
     All of them are `size` bytes long, at least 8, but for the last one, which is a run of its own if it is below that.
     """
-    runs = []
+    found = []
     start: i64 = 0
     at, end = size, len(datagrams) - 8
     while at < len(datagrams):
         if at > end or read_i64_le(datagrams, at) != read_i64_le(datagrams, start):
-            runs.append(datagrams[start:at])
+            found.append(datagrams[start:at])
             start = at
         at += size
-    runs.append(datagrams[start:] if start else datagrams)
-    return runs
+    found.append(datagrams[start:] if start else datagrams)
+    return found
 
 
 @lru_cache(maxsize=1024)

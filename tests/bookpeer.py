@@ -215,7 +215,7 @@ class BookPeer:
         else:
             self._at["keepalive"] = now + KEEPALIVE_TIMEOUT
         try:
-            inbox.append(bytes(trim(plain)))
+            inbox.append(trim(plain))
         except BadPacketError:
             self.foreign.append(plain)
 
