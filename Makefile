@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 HOT_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	packet offload session messages path timers serverpeer clientpeer udp tun))
+	packet offload session burst messages path timers serverpeer clientpeer udp tun))
 
 .PHONY: demo bench test check check-plain lint format soak picture clean demo-tools test-tools
 
@@ -60,11 +60,11 @@ clean:
 
 # What the system must bring. Root gets it installed where there is apt-get; anybody else is told what to install.
 demo-tools:
-	@sh tests/tools.sh ip:iproute2 nft:nftables
+	@sh tests/tools.sh ip:iproute2 nft:nftables libIPSec_MB.so.1:libipsec-mb1
 
 test-tools:
 	@sh tests/tools.sh ip:iproute2 nft:nftables shellcheck:shellcheck wg:wireguard-tools wireguard-go:wireguard-go \
-		tcpdump:tcpdump ping:iputils-ping openvpn:openvpn openssl:openssl
+		tcpdump:tcpdump ping:iputils-ping openvpn:openvpn openssl:openssl libIPSec_MB.so.1:libipsec-mb1
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }

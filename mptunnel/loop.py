@@ -23,7 +23,7 @@ from time import CLOCK_BOOTTIME, clock_gettime
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from mptunnel import host, native, netlink, udp
-from mptunnel.aead import CIPHER
+from mptunnel.burst import ciphers
 from mptunnel.config import Fields
 from mptunnel.control import ControlServer, Listening, Pending
 from mptunnel.errors import HostError, MptunnelError
@@ -389,7 +389,7 @@ class Loop(Generic[R]):
         """Say once what the kernel does for us."""
         used = [name.replace("_", " ") for name, is_used in self._offload().items() if is_used]
         offload = ", ".join(used) or "none, one packet a call"
-        log.info("offload: %s; core: %s; cipher: %s", offload, native.core(), CIPHER.name)
+        log.info("offload: %s; core: %s; cipher: %s", offload, native.core(), ciphers())
         if not all(sock.has_large_buffer for sock in self._sockets_in_use()):
             log.info("receive buffers are smaller than wished; see sysctl net.core.rmem_max")
 
@@ -436,7 +436,7 @@ class Loop(Generic[R]):
             "device": self._tun.name,
             "pid": os.getpid(),
             "offload": self._offload(),
-            "cipher": CIPHER.name,
+            "cipher": ciphers(),
             "core": native.core(),
         }
         return {**status, **more, "drops": drops}

@@ -21,8 +21,8 @@ import mptunnel
 
 # All or none: compiled modules know the classes of each other as structures.
 MODULES: Final = (
-    "aead", "cap", "client", "clientpeer", "gaps", "history", "loop", "messages", "mtu", "packet", "path", "peer",
-    "receipts", "role", "scheduler", "server", "serverpeer", "session", "standby", "timers", "tun", "udp",
+    "aead", "burst", "cap", "client", "clientpeer", "gaps", "history", "loop", "messages", "mtu", "packet", "path",
+    "peer", "receipts", "role", "scheduler", "server", "serverpeer", "session", "standby", "timers", "tun", "udp",
 )  # fmt: skip
 LIBRARY: Final = "hot__mypyc"  # all of their code; what bears their names only leads there
 DIRECTORY: Final = "compiled"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from librt.strings import BytesWriter, read_i64_le, write_i64_le
 
 from mptunnel.aead import CIPHER, NO_DATA
+from mptunnel.burst import BURST, LEAST
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
 
 if TYPE_CHECKING:
@@ -174,13 +175,14 @@ class Session:
     """The keys of one handshake; `serial` orders the sessions of a peer."""
 
     __slots__ = (
-        "_open", "_seal", "counter", "created_at", "is_initiator", "local_index", "remote_index", "serial", "settled",
-        "window",
+        "_keys", "_open", "_seal", "counter", "created_at", "is_initiator", "local_index", "remote_index", "serial",
+        "settled", "window",
     )  # fmt: skip
 
     def __init__(self, keys: SessionKeys, serial: int, now: float, width: int = NARROW_WINDOW) -> None:
         self._seal = CIPHER(keys.send).encrypt
         self._open = CIPHER(keys.receive).decrypt
+        self._keys = keys
         self.local_index = keys.local_index
         self.remote_index = keys.remote_index
         self.is_initiator = keys.is_initiator
@@ -216,7 +218,15 @@ class Session:
 
         They are padded like that of `seal`.
         """
-        counter, plain = self.counter, _padded(packets, limit)
+        counter = self.counter
+        if len(packets) >= LEAST and BURST is not None:
+            size = sealed_size(len(packets[0]), limit)
+            unsealed = self._unsealed(packets, size, limit)
+            together = BURST.seal(self._keys.send, unsealed, size, counter) if unsealed else None
+            if together is not None:
+                self.counter = counter + len(packets)
+                return together
+        plain = _padded(packets, limit)
         self.counter = counter + len(plain)
         nonces = _nonces(range(counter, self.counter))
         start, run = _START.pack(TRANSPORT, self.remote_index), _run
@@ -225,6 +235,27 @@ class Session:
             run.write(start)
             write_i64_le(run, counter)
             run.write(sealed)
+            counter += 1
+        return run.getvalue()
+
+    def _unsealed(self, packets: list[bytes], size: int, limit: int) -> bytes:
+        """Return what `seal_run` returns, but for sealing it; nothing if not all of them have this size then."""
+        start, run, counter = _START.pack(TRANSPORT, self.remote_index), _run, self.counter
+        left, length = len(packets), -1
+        tail = b""
+        run.truncate(0)
+        for packet in packets:
+            left -= 1
+            if len(packet) != length:
+                length = len(packet)
+                now = sealed_size(length, limit)
+                if now > size or (now < size and left):
+                    return b""
+                tail = bytes(now - OVERHEAD - length + TAG_SIZE)
+            run.write(start)
+            write_i64_le(run, counter)
+            run.write(packet)
+            run.write(tail)
             counter += 1
         return run.getvalue()
 
@@ -273,6 +304,13 @@ class Session:
 
     def _open_fresh_run(self, run: bytes, size: int, first: int, count: int, path: int | None, opened: Opened) -> None:
         counters, opens, plain, at = range(first, first + count), self._open, opened.plain, 0
+        if count >= LEAST and BURST is not None:
+            together = BURST.open(self._keys.receive, run, size, first)
+            if together is not None:
+                opened.plain = _pieces(together, size - OVERHEAD, count)
+                opened.counters = counters
+                self.window.mark_run(first, count, path)
+                return
         try:
             for nonce in _nonces(counters):
                 plain.append(opens(nonce, run[at + HEADER_SIZE : at + size], NO_DATA))
@@ -421,6 +459,15 @@ def _padded(packets: list[bytes], limit: int) -> list[bytes]:
             lacking = _lacking(length, limit)
         padded.append(packet + _ZEROS[:lacking] if lacking else packet)
     return padded
+
+
+def _pieces(together: bytes, size: i64, count: i64) -> list[bytes]:
+    pieces = []
+    at: i64 = 0
+    for _ in range(count):
+        pieces.append(together[at : at + size])
+        at += size
+    return pieces
 
 
 def _are_even(packets: list[bytes]) -> bool:

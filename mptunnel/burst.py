@@ -1,0 +1,226 @@
+"""ChaCha20-Poly1305 for a whole run of datagrams in one call: Intel's ipsec-mb, where it is installed.
+
+On a processor with AVX-512 it needs a third to half of what the others need for each packet (see `aead`), and a run is
+handed to it as a list of jobs, so that none of its packets costs a call. A call costs as much as a few packets: what
+comes alone, or in a short run, does not go this way. Neither does anything on processors without AVX-512, where this
+library is the slower one.
+
+The jobs are C structures (intel-ipsec-mb.h, version 1.3), so all of this is about being sure of them: the library must
+have the version's name in its own, the functions that it names must lie where the header says, the jobs as far apart,
+and what it seals must be what OpenSSL seals. Else it is not used. A run that it does not take is for the other way.
+
+Everything that it reads and writes lies in a place of our own, which never moves: so the jobs for datagrams of one size
+are the same each time, and are written once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from functools import lru_cache
+from hmac import compare_digest
+from typing import Any, Final
+
+from mptunnel.aead import CIPHER, KEY_SIZE, OpenSsl
+from mptunnel.messages import HEADER_SIZE, OVERHEAD, TAG_SIZE
+
+LEAST: Final = 6  # packets that are worth a call
+MOST: Final = 64
+NAME: Final = "ipsec-mb"
+
+_LIBRARY: Final = "libIPSec_MB.so.1"
+_SPACE: Final = 1 << 16  # for a run: no call of the kernel's takes or gives more
+_IV: Final = struct.Struct("<4xQ4x")  # nonce and what fills it up; they lie 16 bytes apart
+
+# intel-ipsec-mb.h: where IMB_MGR has these functions and its jobs, and the fields of an IMB_JOB
+_GET_NEXT_BURST, _SUBMIT_BURST, _JOBS = 952, 960, 1024
+_RING: Final = 256  # IMB_MAX_JOBS
+_SUFFIX: Final = "_avx512_t2"  # of the functions' names: for AVX-512 with IFMA and what came with it
+_JOB: Final = struct.Struct(
+    "<QQQ"  # keys to encrypt and decrypt, their size
+    "QQQQQQ"  # source, destination; where to begin and how much: for the cipher, for the hash
+    "QQQQ"  # IV and its size, tag and its size
+    "QQ8x"  # additional data and its size
+    "IIIII4x"  # status, cipher, direction, hash, order
+    "48x"  # of the user's, of other algorithms
+)
+_CIPHER, _HASH = 19, 29  # IMB_CIPHER_CHACHA20_POLY1305, IMB_AUTH_CHACHA20_POLY1305
+_ENCRYPT, _DECRYPT = 1, 2  # IMB_DIR_
+_ORDERS = {_ENCRYPT: 1, _DECRYPT: 2}  # IMB_ORDER_CIPHER_HASH, IMB_ORDER_HASH_CIPHER
+_CIPHER_LENGTH, _HASH_LENGTH, _TAG = 6, 8, 11  # which of the fields, of eight bytes each
+
+
+class UnusableError(Exception):
+    """The library is not what we know, or not for this processor."""
+
+
+class Burst:
+    """The library with the memory that it works in."""
+
+    def __init__(self) -> None:
+        """Load it. Raises UnusableError, or OSError if it is not there."""
+        library = ctypes.PyDLL(_LIBRARY)  # keeps the interpreter's lock: a call is over in microseconds
+        self._manager = _manager(library)
+        self._get: Any = _function(library, self._manager, "get_next_burst", _GET_NEXT_BURST)
+        self._submit: Any = _function(library, self._manager, "submit_burst", _SUBMIT_BURST)
+        self._list = (ctypes.c_uint64 * MOST)()  # in which the library's functions pass addresses of jobs
+        self._listed = memoryview(self._list).cast("B").cast("Q")
+        self._at_list = ctypes.addressof(self._list)
+        self._first_job = self._manager + _JOBS
+        self._memory = (ctypes.c_char * (2 * _SPACE + MOST * (_IV.size + TAG_SIZE) + KEY_SIZE))()
+        self._run = ctypes.addressof(self._memory)
+        self._plain = self._run + _SPACE
+        self._ivs = self._plain + _SPACE
+        self._tags = self._ivs + MOST * _IV.size
+        self._key = self._tags + MOST * TAG_SIZE
+        self._view = memoryview(self._memory).cast("B")
+        jobs = (ctypes.c_char * (_RING * _JOB.size)).from_address(self._first_job)
+        self._jobs = memoryview(jobs).cast("B")
+        self._fields = self._jobs.cast("Q")
+        self._layout = lru_cache(maxsize=64)(self._make_layout)
+        _check(self)
+
+    def seal(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
+        """Seal a run of datagrams, `size` bytes each, the last perhaps shorter: header, plaintext, room for the tag.
+
+        None if the library does not take them.
+        """
+        total = len(run)
+        self._view[:total] = run
+        if not self._do(key, _ENCRYPT, total, size, counter):
+            return None
+        return bytes(self._view[:total])
+
+    def open(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
+        """Return the plaintexts of such a run, one behind the other.
+
+        None if any of them is not authentic, or the library does not take them.
+        """
+        total = len(run)
+        self._view[:total] = run
+        if not self._do(key, _DECRYPT, total, size, counter):
+            return None
+        count = -(-total // size)
+        at = self._tags - self._run
+        ends = [min(end, total) for end in range(size, total + size, size)]
+        tags = b"".join([run[end - TAG_SIZE : end] for end in ends])
+        if not compare_digest(tags, self._view[at : at + len(tags)]):
+            return None
+        return bytes(self._view[_SPACE : _SPACE + total - count * OVERHEAD])
+
+    def _do(self, key: bytes, direction: int, total: int, size: int, counter: int) -> bool:
+        """Seal what lies at `_run` where it is, or open it to `_plain` and write the tags that it should have."""
+        count = -(-total // size)
+        last = total - (count - 1) * size
+        if not LEAST <= count <= MOST or total > _SPACE or last < OVERHEAD:
+            return False
+        if self._get(self._manager, count, self._at_list) != count:
+            return False
+        at, length = self._listed[0] - self._first_job, count * _JOB.size
+        if (
+            self._listed[count - 1] - self._first_job != at + length - _JOB.size
+            or not 0 <= at <= len(self._jobs) - length
+        ):
+            return False  # they do not lie in a row
+        self._jobs[at : at + length] = self._layout(direction, size)[:length]
+        if last < size:
+            at = (at + length - _JOB.size) // 8
+            self._fields[at + _CIPHER_LENGTH] = self._fields[at + _HASH_LENGTH] = last - OVERHEAD
+            if direction == _ENCRYPT:
+                self._fields[at + _TAG] = self._run + total - TAG_SIZE
+        at = self._ivs - self._run
+        self._view[at : at + count * _IV.size] = _nonces(count).pack(*range(counter, counter + count))
+        at = self._key - self._run
+        self._view[at : at + KEY_SIZE] = key
+        done = self._submit(self._manager, count, self._at_list)
+        self._view[at : at + KEY_SIZE] = bytes(KEY_SIZE)  # it goes with its session
+        return bool(done == count)
+
+    def _make_layout(self, direction: int, size: int) -> bytes:
+        """Return the jobs for as many datagrams of one size as one call takes."""
+        jobs, length = [], size - OVERHEAD
+        for number in range(MOST):
+            source = self._run + number * size + HEADER_SIZE
+            if direction == _ENCRYPT:
+                target, tag = source, source + length
+            else:
+                target, tag = self._plain + number * length, self._tags + number * TAG_SIZE
+            iv = self._ivs + number * _IV.size
+            fields = (
+                self._key, self._key, KEY_SIZE, source, target, 0, length, 0, length, iv, 12, tag, TAG_SIZE,
+                self._key, 0, 0, _CIPHER, direction, _HASH, _ORDERS[direction],
+            )  # fmt: skip
+            jobs.append(_JOB.pack(*fields))
+        return b"".join(jobs)
+
+
+def load() -> Burst | None:
+    """Return the library, if it is there, is for this processor and does what it should."""
+    if os.environ.get("MPTUNNEL_BURST") == "0":
+        return None
+    try:
+        return Burst()
+    except (OSError, UnusableError):
+        return None
+
+
+def ciphers() -> str:
+    """Say what seals and opens in this process."""
+    return CIPHER.name if BURST is None else f"{CIPHER.name}, {NAME} for runs"
+
+
+def _manager(library: Any) -> int:
+    """Return the address of a manager for the best that this processor has."""
+    try:
+        version, make, start = library.imb_get_version, library.alloc_mb_mgr, library.init_mb_mgr_auto
+    except AttributeError as error:
+        raise UnusableError(str(error)) from None
+    version.restype, make.restype, make.argtypes = ctypes.c_uint, ctypes.c_void_p, [ctypes.c_uint64]
+    start.restype, start.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
+    if version() >> 16 != 1:
+        raise UnusableError(f"version {version():#x}")
+    manager = make(0)
+    if not manager:
+        raise UnusableError("no memory")
+    start(manager, None)
+    return int(manager)
+
+
+def _function(library: Any, manager: int, name: str, offset: int) -> Any:
+    """Return one of the manager's functions, if it is the one that is expected there."""
+    kind = ctypes.PYFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+    address = ctypes.c_void_p.from_address(manager + offset).value
+    try:
+        expected = ctypes.cast(getattr(library, name + _SUFFIX), ctypes.c_void_p).value
+    except AttributeError as error:
+        raise UnusableError(str(error)) from None
+    if not address or address != expected:
+        raise UnusableError(f"{name} is another one")
+    return kind(address)
+
+
+def _check(burst: Burst) -> None:
+    """See that it seals like OpenSSL, opens that, and nothing that has been altered."""
+    key, counter, size = bytes(range(KEY_SIZE)), 0x0102030405060708, 200 + OVERHEAD
+    cipher = OpenSsl(key)
+    plain = [bytes(range(number, 200 + number)) for number in range(LEAST)] + [b"last"]
+    head = bytes(range(HEADER_SIZE))
+    sealed = b"".join(
+        head + cipher.encrypt(OpenSsl.nonce(counter + number), each, b"") for number, each in enumerate(plain)
+    )
+    if burst.seal(key, b"".join(head + each + bytes(TAG_SIZE) for each in plain), size, counter) != sealed:
+        raise UnusableError("it seals otherwise")
+    if burst.open(key, sealed, size, counter) != b"".join(plain):
+        raise UnusableError("it does not open what was sealed")
+    for at in (HEADER_SIZE, len(sealed) - 1):
+        if burst.open(key, sealed[:at] + bytes((sealed[at] ^ 1,)) + sealed[at + 1 :], size, counter) is not None:
+            raise UnusableError("it opens what was altered")
+
+
+@lru_cache(maxsize=MOST)
+def _nonces(count: int) -> struct.Struct:
+    return struct.Struct("<" + "4xQ4x" * count)
+
+
+BURST: Final[Burst | None] = load()

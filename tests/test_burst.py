@@ -1,0 +1,218 @@
+"""A run sealed or opened in one call: the same bytes as one by one, and nothing opened that has been altered."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptunnel import burst, session
+from mptunnel.burst import BURST, LEAST, MOST, Burst, UnusableError
+from mptunnel.messages import HEADER_SIZE, OVERHEAD, TAG_SIZE
+from mptunnel.noise import SessionKeys
+from mptunnel.session import Session, read_counters, sealed_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEY, OTHER_KEY = bytes(range(0x80, 0xA0)), bytes(32)
+COUNTER = 2**40 - 3
+HEAD = bytes(range(HEADER_SIZE))
+TOP = 1420  # as `limit`
+
+is_here = pytest.mark.skipif(BURST is None, reason="no ipsec-mb on this machine, or no AVX-512")
+
+
+def used() -> Burst:
+    assert BURST is not None
+    return BURST
+
+
+def one_by_one(plain: list[bytes], key: bytes = KEY, counter: int = COUNTER) -> bytes:
+    cipher = ChaCha20Poly1305(key)
+    nonces = [bytes(4) + number.to_bytes(8, "little") for number in range(counter, counter + len(plain))]
+    return b"".join(HEAD + cipher.encrypt(nonce, each, None) for nonce, each in zip(nonces, plain, strict=True))
+
+
+def unsealed(plain: list[bytes]) -> bytes:
+    return b"".join(HEAD + each + bytes(TAG_SIZE) for each in plain)
+
+
+@st.composite
+def plaintexts(draw: st.DrawFn) -> list[bytes]:
+    """Draw what one run holds: all of one length, the last one perhaps shorter."""
+    length = draw(st.integers(0, 1488))
+    count = draw(st.integers(LEAST, min(MOST, 65535 // (length + OVERHEAD))))
+    last = draw(st.integers(0, length))
+    noise = draw(st.binary(min_size=64, max_size=64))
+    return [(noise * 24)[number % 64 :][:size] for number, size in enumerate([length] * (count - 1) + [last])]
+
+
+@is_here
+@given(plaintexts())
+def test_a_run_is_sealed_and_opened_as_its_datagrams_are(plain: list[bytes]) -> None:
+    sealed, size = one_by_one(plain), len(plain[0]) + OVERHEAD
+    assert used().seal(KEY, unsealed(plain), size, COUNTER) == sealed
+    assert used().open(KEY, sealed, size, COUNTER) == b"".join(plain)
+
+
+@is_here
+@given(plaintexts(), st.data())
+def test_nothing_is_opened_if_one_of_its_datagrams_is_altered(plain: list[bytes], data: st.DataObject) -> None:
+    sealed, size = one_by_one(plain), len(plain[0]) + OVERHEAD
+    number = data.draw(st.integers(0, len(plain) - 1))
+    at = number * size + data.draw(st.integers(HEADER_SIZE, OVERHEAD + len(plain[number]) - 1))
+    altered = sealed[:at] + bytes((sealed[at] ^ data.draw(st.integers(1, 255)),)) + sealed[at + 1 :]
+    assert used().open(KEY, altered, size, COUNTER) is None
+    assert used().open(OTHER_KEY, sealed, size, COUNTER) is None
+    assert used().open(KEY, sealed, size, COUNTER + 1) is None
+    assert used().open(KEY, sealed, size, COUNTER) == b"".join(plain)
+
+
+@is_here
+def test_a_run_that_does_not_fit_is_for_the_other_way() -> None:
+    plain = [b"x" * 100] * LEAST
+    size = 100 + OVERHEAD
+    assert used().seal(KEY, unsealed(plain[1:]), size, COUNTER) is None  # too few for a call
+    assert used().seal(KEY, unsealed([b""] * (MOST + 1)), OVERHEAD, COUNTER) is None
+    assert used().open(KEY, one_by_one(plain)[: -100 - 1], size, COUNTER) is None  # no whole tag at the end
+    assert used().open(KEY, one_by_one(plain), size, COUNTER) == b"".join(plain)
+
+
+@is_here
+def test_no_key_stays_behind() -> None:
+    used().seal(KEY, unsealed([b"x" * 100] * LEAST), 100 + OVERHEAD, COUNTER)
+    used().open(KEY, one_by_one([b"x" * 100] * LEAST), 100 + OVERHEAD, COUNTER)
+    assert KEY not in bytes(used()._memory)
+
+
+# -- what it takes to be used ----------------------------------------------------------------------------
+
+
+class SealsOtherwise(Burst):
+    def seal(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
+        return super().seal(key, run, size, counter + 1)
+
+
+class OpensWhatWasAltered(Burst):
+    def open(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
+        return super().open(key, run, size, counter) or b""
+
+
+class OpensNothing(Burst):
+    def open(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
+        return None
+
+
+@is_here
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kind", [SealsOtherwise, OpensWhatWasAltered, OpensNothing])
+def test_what_does_otherwise_is_not_used(kind: type[Burst], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnusableError):
+        kind()
+    monkeypatch.setattr(burst, "Burst", kind)
+    assert burst.load() is None
+
+
+@is_here
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_LIBRARY", "libnothing.so.1"), ("_SUFFIX", "_avx2_t1"), ("_SUFFIX", "_of_later"), ("_GET_NEXT_BURST", 944)],
+)
+def test_another_library_or_another_processor_s_is_not_used(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert burst.load() is not None
+    monkeypatch.setattr(burst, name, value)
+    assert burst.load() is None
+
+
+@pytest.mark.interpreted
+def test_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(_: str) -> Any:
+        return SimpleNamespace(
+            imb_get_version=Function(0x20000), alloc_mb_mgr=Function(1),
+            init_mb_mgr_auto=Function(None),
+        )  # fmt: skip
+
+    monkeypatch.setattr(ctypes, "PyDLL", library)
+    with pytest.raises(UnusableError, match="version 0x20000"):
+        Burst()
+    monkeypatch.setattr(ctypes, "PyDLL", lambda _: SimpleNamespace())
+    with pytest.raises(UnusableError, match="imb_get_version"):
+        Burst()
+
+
+class Function:
+    """A function of a library, as ctypes has it."""
+
+    def __init__(self, result: object) -> None:
+        self.restype = self.argtypes = None
+        self._result = result
+
+    def __call__(self, *_: object) -> object:
+        return self._result
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPTUNNEL_BURST", "0")
+    assert burst.load() is None
+
+
+# -- a session with it and without ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Session, Session]]:
+    sender = Session(SessionKeys(KEY, OTHER_KEY, 1, 2, is_initiator=True), 0, 0.0)
+    receiver = Session(SessionKeys(OTHER_KEY, KEY, 2, 1, is_initiator=False), 0, 0.0)
+    yield sender, receiver
+    sender.close()
+    receiver.close()
+
+
+@given(plaintexts(), st.sampled_from([0, TOP]))
+@pytest.mark.interpreted
+def test_a_session_sends_the_same_with_it_and_without(plain: list[bytes], limit: int) -> None:
+    plain = [each[:TOP] for each in plain]
+    sent = []
+    for way in (BURST, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(session, "BURST", way)
+            one = Session(SessionKeys(KEY, OTHER_KEY, 1, 2, is_initiator=True), 0, 0.0)
+            sent.append((one.seal_run(plain, limit), one.counter))
+            one.close()
+    assert sent[0] == sent[1]
+
+
+def test_packets_of_several_sizes_are_sealed_one_by_one(pair: tuple[Session, Session]) -> None:
+    sender, receiver = pair
+    for odd in (b"x" * 200, b"x" * 60):  # in the middle of a run such a packet would shift the rest
+        plain = [*[b"x" * 112] * LEAST, odd, b"x" * 112]
+        run = sender.seal_run(plain, 0)
+        at = 0
+        for each in plain:
+            size = sealed_size(len(each), 0)
+            opened = receiver.open(run[at : at + size], size, None, 0.0)
+            assert opened.plain == [each.ljust(size - OVERHEAD, b"\0")]
+            at += size
+        assert at == len(run)
+
+
+def test_an_altered_datagram_costs_a_run_only_itself(pair: tuple[Session, Session]) -> None:
+    sender, receiver = pair
+    plain = [bytes([number]) * 112 for number in range(2 * LEAST)]
+    run, size = sender.seal_run(plain, 0), 112 + OVERHEAD
+    at = 3 * size + HEADER_SIZE
+    opened = receiver.open(run[:at] + bytes((run[at] ^ 1,)) + run[at + 1 :], size, None, 0.0)
+    assert opened.bad == 1
+    assert opened.plain == [*plain[:3], *plain[4:]]
+    assert list(opened.counters) == [number for number in read_counters(run, size) if number != 3]
+    again = receiver.open(run, size, None, 0.0)  # the counter was not spent
+    assert (again.plain, again.repeated) == ([plain[3]], 2 * LEAST - 1)
