@@ -31,11 +31,11 @@ NAME: Final = "ipsec-mb"
 
 _LIBRARY: Final = "libIPSec_MB.so.1"
 _SPACE: Final = 1 << 16  # for a run: no call of the kernel's takes or gives more
-_IV: Final = struct.Struct("<4xQ4x")  # nonce and what fills it up; they lie 16 bytes apart
+_WORD: Final = 8
+_TOP: Final = 1 << 32  # counters are below it; no session lives to see it
 
 # intel-ipsec-mb.h: where IMB_MGR has these functions and its jobs, and the fields of an IMB_JOB
 _GET_NEXT_BURST, _SUBMIT_BURST, _JOBS = 952, 960, 1024
-_RING: Final = 256  # IMB_MAX_JOBS
 _SUFFIX: Final = "_avx512_t2"  # of the functions' names: for AVX-512 with IFMA and what came with it
 _JOB: Final = struct.Struct(
     "<QQQ"  # keys to encrypt and decrypt, their size
@@ -45,10 +45,19 @@ _JOB: Final = struct.Struct(
     "IIIII4x"  # status, cipher, direction, hash, order
     "48x"  # of the user's, of other algorithms
 )
+_QUEUE: Final = 256 * _JOB.size  # IMB_MAX_JOBS
 _CIPHER, _HASH = 19, 29  # IMB_CIPHER_CHACHA20_POLY1305, IMB_AUTH_CHACHA20_POLY1305
 _ENCRYPT, _DECRYPT = 1, 2  # IMB_DIR_
 _ORDERS = {_ENCRYPT: 1, _DECRYPT: 2}  # IMB_ORDER_CIPHER_HASH, IMB_ORDER_HASH_CIPHER
 _CIPHER_LENGTH, _HASH_LENGTH, _TAG = 6, 8, 11  # which of the fields, of eight bytes each
+
+# The memory, from its beginning: the run; the plaintexts, one behind the other; eight zeros and the counters, so that
+# an IV, four zeros and a counter, begins in the upper half of the counter before; the tags; a key for each direction.
+_PLAIN: Final = _SPACE
+_COUNTERS: Final = _PLAIN + _SPACE + _WORD
+_TAGS: Final = _COUNTERS + MOST * _WORD
+_KEYS: Final = {_ENCRYPT: _TAGS + MOST * TAG_SIZE, _DECRYPT: _TAGS + MOST * TAG_SIZE + KEY_SIZE}
+_END: Final = _KEYS[_DECRYPT] + KEY_SIZE
 
 
 class UnusableError(Exception):
@@ -68,17 +77,16 @@ class Burst:
         self._listed = memoryview(self._list).cast("B").cast("Q")
         self._at_list = ctypes.addressof(self._list)
         self._first_job = self._manager + _JOBS
-        self._memory = (ctypes.c_char * (2 * _SPACE + MOST * (_IV.size + TAG_SIZE) + KEY_SIZE))()
+        self._memory = (ctypes.c_uint64 * (_END // _WORD))()
         self._run = ctypes.addressof(self._memory)
-        self._plain = self._run + _SPACE
-        self._ivs = self._plain + _SPACE
-        self._tags = self._ivs + MOST * _IV.size
-        self._key = self._tags + MOST * TAG_SIZE
         self._view = memoryview(self._memory).cast("B")
-        jobs = (ctypes.c_char * (_RING * _JOB.size)).from_address(self._first_job)
+        self._words = self._view.cast("Q")
+        self._keys = {_ENCRYPT: b"", _DECRYPT: b""}  # that lie there
+        jobs = (ctypes.c_char * _QUEUE).from_address(self._first_job)
         self._jobs = memoryview(jobs).cast("B")
         self._fields = self._jobs.cast("Q")
         self._layout = lru_cache(maxsize=64)(self._make_layout)
+        self._laid, self._laid_count = (0, 0, 0), 0  # jobs that are written: direction, size, place, and how many
         _check(self)
 
     def seal(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
@@ -86,70 +94,78 @@ class Burst:
 
         None if the library does not take them.
         """
-        total = len(run)
-        self._view[:total] = run
-        if not self._do(key, _ENCRYPT, total, size, counter):
+        if not self._do(key, _ENCRYPT, run, size, counter):
             return None
-        return bytes(self._view[:total])
+        return bytes(self._view[: len(run)])
 
     def open(self, key: bytes, run: bytes, size: int, counter: int) -> bytes | None:
         """Return the plaintexts of such a run, one behind the other.
 
         None if any of them is not authentic, or the library does not take them.
         """
-        total = len(run)
-        self._view[:total] = run
-        if not self._do(key, _DECRYPT, total, size, counter):
+        if not self._do(key, _DECRYPT, run, size, counter) or not self._are_authentic(run, size):
             return None
-        count = -(-total // size)
-        at = self._tags - self._run
-        ends = [min(end, total) for end in range(size, total + size, size)]
-        tags = b"".join([run[end - TAG_SIZE : end] for end in ends])
-        if not compare_digest(tags, self._view[at : at + len(tags)]):
-            return None
-        return bytes(self._view[_SPACE : _SPACE + total - count * OVERHEAD])
+        return bytes(self._view[_PLAIN : _PLAIN + len(run) - -(-len(run) // size) * OVERHEAD])
 
-    def _do(self, key: bytes, direction: int, total: int, size: int, counter: int) -> bool:
-        """Seal what lies at `_run` where it is, or open it to `_plain` and write the tags that it should have."""
+    def forget(self) -> None:
+        """Have no key any more."""
+        for direction, at in _KEYS.items():
+            self._keys[direction] = b""
+            self._view[at : at + KEY_SIZE] = bytes(KEY_SIZE)
+
+    def _do(self, key: bytes, direction: int, run: bytes, size: int, counter: int) -> bool:
+        """Put the run into its place and seal it there, or open it: plaintexts, and the tags that it should have."""
+        total = len(run)
         count = -(-total // size)
         last = total - (count - 1) * size
-        if not LEAST <= count <= MOST or total > _SPACE or last < OVERHEAD:
+        if not LEAST <= count <= MOST or total > _SPACE or last < OVERHEAD or counter >= _TOP - MOST:
             return False
         if self._get(self._manager, count, self._at_list) != count:
             return False
         at, length = self._listed[0] - self._first_job, count * _JOB.size
-        if (
-            self._listed[count - 1] - self._first_job != at + length - _JOB.size
-            or not 0 <= at <= len(self._jobs) - length
-        ):
+        if self._listed[count - 1] - self._first_job != at + length - _JOB.size or at < 0 or at + length > _QUEUE:
             return False  # they do not lie in a row
-        self._jobs[at : at + length] = self._layout(direction, size)[:length]
+        if self._laid != (direction, size, at) or self._laid_count < count:
+            self._jobs[at : at + length] = self._layout(direction, size)[:length]
+            self._laid, self._laid_count = (direction, size, at), count
         if last < size:
-            at = (at + length - _JOB.size) // 8
-            self._fields[at + _CIPHER_LENGTH] = self._fields[at + _HASH_LENGTH] = last - OVERHEAD
+            self._laid_count = count - 1
+            field = (at + length - _JOB.size) // _WORD
+            self._fields[field + _CIPHER_LENGTH] = self._fields[field + _HASH_LENGTH] = last - OVERHEAD
             if direction == _ENCRYPT:
-                self._fields[at + _TAG] = self._run + total - TAG_SIZE
-        at = self._ivs - self._run
-        self._view[at : at + count * _IV.size] = _nonces(count).pack(*range(counter, counter + count))
-        at = self._key - self._run
-        self._view[at : at + KEY_SIZE] = key
-        done = self._submit(self._manager, count, self._at_list)
-        self._view[at : at + KEY_SIZE] = bytes(KEY_SIZE)  # it goes with its session
-        return bool(done == count)
+                self._fields[field + _TAG] = self._run + total - TAG_SIZE
+        self._view[:total] = run
+        if self._keys[direction] is not key:
+            self._keys[direction] = key
+            self._view[_KEYS[direction] : _KEYS[direction] + KEY_SIZE] = key
+        _numbers(count).pack_into(self._memory, _COUNTERS, *range(counter, counter + count))
+        return bool(self._submit(self._manager, count, self._at_list) == count)
+
+    def _are_authentic(self, run: bytes, size: int) -> bool:
+        """Whether the run, which lies there too, has the tags that it should have."""
+        count = -(-len(run) // size)
+        if size % _WORD or len(run) % size:
+            ends = [min(number * size, len(run)) for number in range(1, count + 1)]
+            tags = b"".join([run[end - TAG_SIZE : end] for end in ends])
+            return compare_digest(tags, self._view[_TAGS : _TAGS + count * TAG_SIZE])
+        step, end, at = size // _WORD, len(run) // _WORD, _TAGS // _WORD
+        tags = b"".join([self._words[step - half : end : step].tobytes() for half in (2, 1)])
+        return compare_digest(
+            tags, b"".join([self._words[at + half : at + 2 * count : 2].tobytes() for half in (0, 1)])
+        )
 
     def _make_layout(self, direction: int, size: int) -> bytes:
         """Return the jobs for as many datagrams of one size as one call takes."""
-        jobs, length = [], size - OVERHEAD
+        jobs, length, key = [], size - OVERHEAD, self._run + _KEYS[direction]
         for number in range(MOST):
             source = self._run + number * size + HEADER_SIZE
+            target, tag = self._run + _PLAIN + number * length, self._run + _TAGS + number * TAG_SIZE
             if direction == _ENCRYPT:
                 target, tag = source, source + length
-            else:
-                target, tag = self._plain + number * length, self._tags + number * TAG_SIZE
-            iv = self._ivs + number * _IV.size
+            iv = self._run + _COUNTERS + number * _WORD - _WORD // 2
             fields = (
-                self._key, self._key, KEY_SIZE, source, target, 0, length, 0, length, iv, 12, tag, TAG_SIZE,
-                self._key, 0, 0, _CIPHER, direction, _HASH, _ORDERS[direction],
+                key, key, KEY_SIZE, source, target, 0, length, 0, length, iv, 12, tag, TAG_SIZE,
+                key, 0, 0, _CIPHER, direction, _HASH, _ORDERS[direction],
             )  # fmt: skip
             jobs.append(_JOB.pack(*fields))
         return b"".join(jobs)
@@ -202,7 +218,7 @@ def _function(library: Any, manager: int, name: str, offset: int) -> Any:
 
 def _check(burst: Burst) -> None:
     """See that it seals like OpenSSL, opens that, and nothing that has been altered."""
-    key, counter, size = bytes(range(KEY_SIZE)), 0x0102030405060708, 200 + OVERHEAD
+    key, counter, size = bytes(range(KEY_SIZE)), 0x01020304, 200 + OVERHEAD
     cipher = OpenSsl(key)
     plain = [bytes(range(number, 200 + number)) for number in range(LEAST)] + [b"last"]
     head = bytes(range(HEADER_SIZE))
@@ -219,8 +235,8 @@ def _check(burst: Burst) -> None:
 
 
 @lru_cache(maxsize=MOST)
-def _nonces(count: int) -> struct.Struct:
-    return struct.Struct("<" + "4xQ4x" * count)
+def _numbers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}Q")
 
 
 BURST: Final[Burst | None] = load()

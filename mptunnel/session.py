@@ -301,6 +301,8 @@ class Session:
     def close(self) -> None:
         """Forget everything; the keys go with the object."""
         self.window.close()
+        if BURST is not None:
+            BURST.forget()
 
     def _open_fresh_run(self, run: bytes, size: int, first: int, count: int, path: int | None, opened: Opened) -> None:
         counters, opens, plain, at = range(first, first + count), self._open, opened.plain, 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KEY, OTHER_KEY = bytes(range(0x80, 0xA0)), bytes(32)
-COUNTER = 2**40 - 3
+COUNTER = 2**31 - 3
 HEAD = bytes(range(HEADER_SIZE))
 TOP = 1420  # as `limit`
 
@@ -37,6 +37,18 @@ def one_by_one(plain: list[bytes], key: bytes = KEY, counter: int = COUNTER) -> 
     cipher = ChaCha20Poly1305(key)
     nonces = [bytes(4) + number.to_bytes(8, "little") for number in range(counter, counter + len(plain))]
     return b"".join(HEAD + cipher.encrypt(nonce, each, None) for nonce, each in zip(nonces, plain, strict=True))
+
+
+def restarted(plain: list[bytes], counter: int) -> bytes:
+    """Return what a session to index 2 sends."""
+    padded = [each.ljust(-(-len(each) // 16) * 16, b"\0") for each in plain]
+    datagrams, at, sealed = [], 0, one_by_one(padded, counter=counter)
+    for number, each in enumerate(padded):
+        size = len(each) + OVERHEAD
+        head = (4).to_bytes(4, "little") + (2).to_bytes(4, "little") + (counter + number).to_bytes(8, "little")
+        datagrams.append(head + sealed[at + HEADER_SIZE : at + size])
+        at += size
+    return b"".join(datagrams)
 
 
 def unsealed(plain: list[bytes]) -> bytes:
@@ -75,9 +87,26 @@ def test_nothing_is_opened_if_one_of_its_datagrams_is_altered(plain: list[bytes]
 
 
 @is_here
+def test_runs_of_all_shapes_in_turn(pair: tuple[Session, Session]) -> None:
+    """What was written for the last run must not show in this one."""
+    sender, receiver = pair
+    shapes = [(9, 112, 112), (9, 112, 60), (9, 112, 112), (20, 112, 112), (20, 96, 1), (7, 96, 96), (64, 96, 96)]
+    for count, length, last in shapes * 2:
+        plain = [bytes([number]) * length for number in range(count - 1)] + [b"z" * last]
+        run = sender.seal_run(plain, 0)
+        assert run == restarted(plain, sender.counter - count)
+        opened = receiver.open(run, sealed_size(length, 0), None, 0.0)
+        assert [each[: len(want)] for each, want in zip(opened.plain, plain, strict=True)] == plain
+
+
+@is_here
 def test_a_run_that_does_not_fit_is_for_the_other_way() -> None:
     plain = [b"x" * 100] * LEAST
     size = 100 + OVERHEAD
+    for counter in (2**32 - 1, 2**40):
+        assert used().seal(KEY, unsealed(plain), size, counter) is None
+        assert used().open(KEY, one_by_one(plain, counter=counter), size, counter) is None
+    assert used().open(KEY, one_by_one([b"x" * 2000] * 40), 2000 + OVERHEAD, COUNTER) is None
     assert used().seal(KEY, unsealed(plain[1:]), size, COUNTER) is None  # too few for a call
     assert used().seal(KEY, unsealed([b""] * (MOST + 1)), OVERHEAD, COUNTER) is None
     assert used().open(KEY, one_by_one(plain)[: -100 - 1], size, COUNTER) is None  # no whole tag at the end
@@ -85,9 +114,12 @@ def test_a_run_that_does_not_fit_is_for_the_other_way() -> None:
 
 
 @is_here
-def test_no_key_stays_behind() -> None:
-    used().seal(KEY, unsealed([b"x" * 100] * LEAST), 100 + OVERHEAD, COUNTER)
-    used().open(KEY, one_by_one([b"x" * 100] * LEAST), 100 + OVERHEAD, COUNTER)
+def test_no_key_stays_behind(pair: tuple[Session, Session]) -> None:
+    sender, receiver = pair
+    run = sender.seal_run([b"x" * 112] * LEAST, 0)
+    assert receiver.open(run, 112 + OVERHEAD, None, 0.0).plain
+    assert bytes(used()._memory).count(KEY) == 2
+    receiver.close()
     assert KEY not in bytes(used()._memory)
 
 
