@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 KEY_SIZE: Final = 32
 NO_DATA: Final = b""  # additional data, the last argument of `encrypt` and `decrypt`
 
-_PREFIX = bytes(4)
-_LITTLE, _BIG = struct.Struct("<Q"), struct.Struct(">Q")
+_PREFIX: Final = bytes(4)
+_LITTLE: Final = struct.Struct("<Q")
 
 
 class Aead(Protocol):
@@ -92,8 +92,7 @@ class AwsLc:
     @staticmethod
     def nonce(counter: int) -> int:
         """Return the nonce for a counter."""
-        number: int = _BIG.unpack(_LITTLE.pack(counter))[0]
-        return number
+        return _swapped(counter & 0xFFFFFFFF) << 32 | _swapped(counter >> 32)
 
     @staticmethod
     def nonces(counters: Sequence[int]) -> tuple[int, ...]:
@@ -116,6 +115,11 @@ class AwsLc:
             return _agree(cls, OpenSsl)
         except (ImportError, AttributeError, TypeError, ValueError):  # another version of it
             return False
+
+
+def _swapped(word: int) -> int:
+    """Return a number of 32 bits with its bytes the other way round."""
+    return (word & 0xFF) << 24 | (word & 0xFF00) << 8 | word >> 8 & 0xFF00 | word >> 24
 
 
 def _agree(one: type[Aead], other: type[Aead]) -> bool:

@@ -16,7 +16,6 @@ are the same each time, and are written once.
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from functools import lru_cache
 from hmac import compare_digest
@@ -48,7 +47,7 @@ _JOB: Final = struct.Struct(
 _QUEUE: Final = 256 * _JOB.size  # IMB_MAX_JOBS
 _CIPHER, _HASH = 19, 29  # IMB_CIPHER_CHACHA20_POLY1305, IMB_AUTH_CHACHA20_POLY1305
 _ENCRYPT, _DECRYPT = 1, 2  # IMB_DIR_
-_ORDERS = {_ENCRYPT: 1, _DECRYPT: 2}  # IMB_ORDER_CIPHER_HASH, IMB_ORDER_HASH_CIPHER
+_ORDERS: Final = {_ENCRYPT: 1, _DECRYPT: 2}  # IMB_ORDER_CIPHER_HASH, IMB_ORDER_HASH_CIPHER
 _CIPHER_LENGTH, _HASH_LENGTH, _TAG = 6, 8, 11  # which of the fields, of eight bytes each
 
 # The memory, from its beginning: the run; the plaintexts, one behind the other; eight zeros and the counters, so that
@@ -173,8 +172,6 @@ class Burst:
 
 def load() -> Burst | None:
     """Return the library, if it is there, is for this processor and does what it should."""
-    if os.environ.get("MPTUNNEL_BURST") == "0":
-        return None
     try:
         return Burst()
     except (OSError, UnusableError):
@@ -239,4 +236,10 @@ def _numbers(count: int) -> struct.Struct:
     return struct.Struct(f"<{count}Q")
 
 
-BURST: Final[Burst | None] = load()
+def switch_off() -> None:
+    """Do without it; for a process whose sessions have not been imported yet."""
+    global BURST  # noqa: PLW0603
+    BURST = None
+
+
+BURST: Burst | None = load()

@@ -66,14 +66,17 @@ PEACE: Final = 0.0004  # s without packets: time for what is due
 LATEST: Final = 0.002  # s that it may wait for that
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_NOTHING: list[int] = []
+_NOTHING: Final[list[int]] = []
+_clock: Final = clock_gettime
+_BOOTTIME: Final = CLOCK_BOOTTIME
+_select: Final = select.select
 
 R = TypeVar("R", bound="Client | Server")
 
 
 def now() -> float:
     """Return the time that everything is told, in seconds; it goes on in suspend and never back."""
-    return clock_gettime(CLOCK_BOOTTIME)
+    return _clock(_BOOTTIME)
 
 
 class Snapshot:
@@ -151,9 +154,10 @@ class Loop(Generic[R]):
             due = min(due, control.next_deadline())
         if due < self._carried_at + PEACE:
             due = min(self._carried_at + PEACE, due + LATEST)
-        before = clock_gettime(CLOCK_BOOTTIME)
-        ready, writable, _ = select.select(readers, writers, _NOTHING, min(max(0.0, due - before), LONGEST_WAIT))
-        moment = clock_gettime(CLOCK_BOOTTIME)
+        before = _clock(_BOOTTIME)
+        wait = 0.0 if due < before else due - before if due < before + LONGEST_WAIT else LONGEST_WAIT
+        ready, writable, _ = _select(readers, writers, _NOTHING, wait)
+        moment = _clock(_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
         self._is_calm = self._streak <= CALM
         is_all = bool(ready) and not writable and moment < due

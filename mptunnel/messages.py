@@ -45,21 +45,21 @@ PROTOCOL_VERSION: Final = 1
 _MOD32: Final = 1 << 32
 
 # type path flags n incarnation seq interval sent tx rx packets echoed rtt queue rx_size 0
-_PROBE = struct.Struct("<BBBBIIIQIIIIIIHH")
+_PROBE: Final = struct.Struct("<BBBBIIIQIIIIIIHH")
 # type path flags n incarnation seq number probe sent held tx rx packets rx_size port address
-_ECHO = struct.Struct("<BBBBIIIQQIIIIHH16s")
-_RECORD = struct.Struct("<BBHI")  # path 0 age newest
-_CHALLENGE = struct.Struct("<BBBBI16s")  # type path 0 0 incarnation token
-_HELLO = struct.Struct("<BBBBIQHBBI8x")  # type flags version oldest capabilities instance mtu mode paths serial
-_ADDRESS = struct.Struct(
+_ECHO: Final = struct.Struct("<BBBBIIIQQIIIIHH16s")
+_RECORD: Final = struct.Struct("<BBHI")  # path 0 age newest
+_CHALLENGE: Final = struct.Struct("<BBBBI16s")  # type path 0 0 incarnation token
+_HELLO: Final = struct.Struct("<BBBBIQHBBI8x")  # type flags version oldest capabilities instance mtu mode paths serial
+_ADDRESS: Final = struct.Struct(
     "<BBBB4s4sHBB16s16s"
 )  # type flags prefix4 prefix6 client4 server4 mtu dns routes client6 server6
-_ENROL = struct.Struct("<BBBBI32s32s")  # type flags length version 0 public_key name
-_PROOF = struct.Struct("<32s")  # behind an ENROL
-_ENROLLED = struct.Struct("<BBHI32s32s")  # type result 0 0 public_key psk
-_CLOSE = struct.Struct("<BBBBI")  # type path reason 0 incarnation
-_RECEIPT = struct.Struct("<BBBBIIIIII")  # type paths flags n packets received lost saved gap recent
-_PATH_RECEIPT = struct.Struct("<BBHIIIIIII")  # path 0 bridged given lost first missed gap recent bridged_ms
+_ENROL: Final = struct.Struct("<BBBBI32s32s")  # type flags length version 0 public_key name
+_PROOF: Final = struct.Struct("<32s")  # behind an ENROL
+_ENROLLED: Final = struct.Struct("<BBHI32s32s")  # type result 0 0 public_key psk
+_CLOSE: Final = struct.Struct("<BBBBI")  # type path reason 0 incarnation
+_RECEIPT: Final = struct.Struct("<BBBBIIIIII")  # type paths flags n packets received lost saved gap recent
+_PATH_RECEIPT: Final = struct.Struct("<BBHIIIIIII")  # path 0 bridged given lost first missed gap recent bridged_ms
 
 
 class Control(enum.IntEnum):

@@ -50,10 +50,21 @@ def is_compiled(package: Path) -> bool:
 
 
 def use() -> None:
-    """Have the hot modules imported in their compiled form from now on; not if one of them is there already."""
+    """Have the hot modules do as fast as they can from now on; not if one of them is there already.
+
+    That is in their compiled form, and with `burst`. `MPTUNNEL_COMPILED=0` and `MPTUNNEL_BURST=0` speak against it.
+    """
+    if any(f"mptunnel.{name}" in sys.modules for name in MODULES):
+        return
+    _use_compiled()
+    if os.environ.get("MPTUNNEL_BURST") == "0":
+        import_module("mptunnel.burst").switch_off()
+
+
+def _use_compiled() -> None:
     package = Path(mptunnel.__path__[0])
     directory = str(package / DIRECTORY)
-    if os.environ.get("MPTUNNEL_COMPILED") == "0" or any(f"mptunnel.{name}" in sys.modules for name in MODULES):
+    if os.environ.get("MPTUNNEL_COMPILED") == "0":
         return
     if is_compiled(package):
         mptunnel.__path__.insert(0, directory)

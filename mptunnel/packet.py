@@ -31,10 +31,10 @@ IPV4_HEADER: Final = 20
 IPV6_HEADER: Final = 40
 MIN_MTU: Final = 1280  # what IPv6 asks of every link (RFC 8200, 5)
 
-_ICMPV6 = 58
-_UNREACHABLE = 1
-_NO_ROUTE = 0
-_PSEUDO = struct.Struct(">16s16sII")
+_ICMPV6: Final = 58
+_UNREACHABLE: Final = 1
+_NO_ROUTE: Final = 0
+_PSEUDO: Final = struct.Struct(">16s16sII")
 VNET: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset (native order)
 VNET_SIZE: Final = VNET.size
 PLAIN: Final = bytes(VNET_SIZE)
@@ -50,28 +50,33 @@ GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
 GSO_UDP_L4: Final = 5
 GSO_ECN: Final = 0x80
-_KINDS = frozenset({GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4})
+_KINDS: Final = frozenset({GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4})
 MAX_SEGMENTS: Final = 64
 MOST_SEGMENTS: Final = 2048  # that are cut out of a frame; the kernel makes 1365, of 48 bytes each, at the most
 MAX_LENGTH: Final = 65535
 
 TCP: Final = 6
 UDP: Final = 17
-_FIN, _SYN, _RST, _PSH, _URG, _CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
-_TCP_FLAGS = 13
-_TCP_CHECK = 16
-_UDP_CHECK = 6
-_UDP_HEADER = 8
-_TCP_HEADER = 20
-_ENDS = _FIN | _PSH
-_NEVER = _SYN | _RST | _URG | _CWR  # a packet with one of these stands alone
+_FIN: Final = 0x01
+_SYN: Final = 0x02
+_RST: Final = 0x04
+_PSH: Final = 0x08
+_URG: Final = 0x20
+_CWR: Final = 0x80
+_TCP_FLAGS: Final = 13
+_TCP_CHECK: Final = 16
+_UDP_CHECK: Final = 6
+_UDP_HEADER: Final = 8
+_TCP_HEADER: Final = 20
+_ENDS: Final = _FIN | _PSH
+_NEVER: Final = _SYN | _RST | _URG | _CWR  # a packet with one of these stands alone
 
 # Of a packet in IPv4 without options, by its protocol: least length, where its checksum is, header if that is partial.
-_SINGLE4 = {
+_SINGLE4: Final = {
     TCP: (IPV4_HEADER + _TCP_HEADER, IPV4_HEADER + _TCP_CHECK, VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, _TCP_CHECK)),
     UDP: (IPV4_HEADER + _UDP_HEADER, IPV4_HEADER + _UDP_CHECK, VNET.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 20, _UDP_CHECK)),
 }
-_NEVER_PARTIAL = (MAX_LENGTH + 1, 0, PLAIN)
+_NEVER_PARTIAL: Final = (MAX_LENGTH + 1, 0, PLAIN)
 
 Frame = list[bytes]  # what one writev() gives the device: header, packet
 
@@ -420,8 +425,8 @@ def single(packet: bytes) -> Frame:
             return [PLAIN, packet]
         if protocol == UDP and packet[24] << 8 | packet[25] != length - IPV4_HEADER:
             return [PLAIN, packet]
-        rest = int.from_bytes(packet[12:20], "big") + protocol + length - IPV4_HEADER
-        return [needs_csum if packet[check] << 8 | packet[check + 1] == (rest - 1) % 0xFFFF + 1 else PLAIN, packet]
+        partial = _folded(_sum_of_addresses(packet) + protocol + length - IPV4_HEADER)
+        return [needs_csum if packet[check] << 8 | packet[check + 1] == partial else PLAIN, packet]
     found = _transport(packet)
     return [PLAIN if found is None else _single_header(packet, *found), packet]
 
@@ -536,4 +541,4 @@ def _folded(total: i64) -> i64:
     return (total - 1) % 0xFFFF + 1
 
 
-_U16 = struct.Struct(">H")
+_U16: Final = struct.Struct(">H")

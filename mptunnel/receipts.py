@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 SETTLE_AFTER: Final = 2.0
 MARK_INTERVAL: Final = 0.2
-_ALL_PATHS = (1 << MAX_PATHS) - 1
-_MOD32 = 1 << 32
+_ALL_PATHS: Final = (1 << MAX_PATHS) - 1
+_MOD32: Final = 1 << 32
 PAUSES: Final[tuple[float, ...]] = (1.0, 1.0, 2.0, 4.0)  # after a RECEIPT, and after each that repeats it
 
 

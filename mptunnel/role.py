@@ -24,11 +24,10 @@ from mptunnel.messages import (
     RESPONSE,
     RESPONSE_SIZE,
     TRANSPORT,
-    TRANSPORT_HEADER,
     Capability,
 )
 from mptunnel.peer import Identity, Peer
-from mptunnel.session import same_headers
+from mptunnel.session import read_header, same_headers
 
 if TYPE_CHECKING:
     import random
@@ -41,7 +40,7 @@ MAX_TAKEN: Final = 8
 MAX_ANSWERED: Final = 4096
 INF: Final = float("inf")
 _NOBODY: Final = (None, None)
-_HANDSHAKE_SIZES = {INITIATION: INITIATION_SIZE, RESPONSE: RESPONSE_SIZE, COOKIE_REPLY: COOKIE_REPLY_SIZE}
+_HANDSHAKE_SIZES: Final = {INITIATION: INITIATION_SIZE, RESPONSE: RESPONSE_SIZE, COOKIE_REPLY: COOKIE_REPLY_SIZE}
 
 
 class Role:
@@ -122,7 +121,7 @@ class Role:
                 self._receive_run(run, size, source, now, inbox)
             return False
         if len(datagrams) >= OVERHEAD:
-            kind, index, counter = TRANSPORT_HEADER.unpack_from(datagrams)
+            kind, index, counter = read_header(datagrams)
             if kind == TRANSPORT:
                 peer, session = self.identity.indices.owners.get(index, _NOBODY)
                 if peer is None or session is None:
@@ -161,7 +160,7 @@ class Role:
             self.drops["malformed datagram"] += 1  # the short one at the end of a run
             run = run[: len(run) // size * size]
         if len(run) >= OVERHEAD and size >= OVERHEAD:
-            kind, index, _ = TRANSPORT_HEADER.unpack_from(run)
+            kind, index, _ = read_header(run)
             if kind == TRANSPORT:
                 peer, session = self.identity.indices.owners.get(index, _NOBODY)
                 if peer is None or session is None:

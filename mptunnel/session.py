@@ -23,7 +23,7 @@ from librt.strings import BytesWriter, read_i64_le, write_i64_le
 
 from mptunnel.aead import CIPHER, NO_DATA
 from mptunnel.burst import BURST, LEAST
-from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT, TRANSPORT_HEADER
+from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -46,12 +46,15 @@ CONTROL: Final = 1  # in the window: delivered, and sealed for one path only
 NO_PATH: Final = 2  # delivered, but by no path that is bound
 FIRST_PATH: Final = 3  # delivered first by path 0, and so on
 
-_LOOK_AHEAD = 4 * 64  # packets of one size that are cut into runs together
-_MASK = WINDOW - 1
-_START = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
-_ZEROS = bytes(PADDING)
+_LOOK_AHEAD: Final = 4 * 64  # packets of one size that are cut into runs together
+_MASK: Final = WINDOW - 1
+_START: Final = struct.Struct("<II")  # of a datagram: type and reserved zeros, index
+_SIGN: Final = 1 << 63  # a counter from here on is written as the negative number that has the same bits
+_ZEROS: Final = bytes(PADDING)
 _run: Final = BytesWriter()  # that is being sealed; one for all, since it keeps the size that it has grown to
-_nonce, _nonces, _Forged = CIPHER.nonce, CIPHER.nonces, CIPHER.Forged
+_nonce: Final = CIPHER.nonce
+_nonces: Final = CIPHER.nonces
+_Forged: Final = CIPHER.Forged
 
 
 class Refused(enum.IntEnum):
@@ -175,8 +178,8 @@ class Session:
     """The keys of one handshake; `serial` orders the sessions of a peer."""
 
     __slots__ = (
-        "_keys", "_open", "_seal", "counter", "created_at", "is_initiator", "local_index", "remote_index", "serial",
-        "settled", "window",
+        "_keys", "_open", "_seal", "_start", "counter", "created_at", "is_initiator", "local_index", "remote_index",
+        "serial", "settled", "window",
     )  # fmt: skip
 
     def __init__(self, keys: SessionKeys, serial: int, now: float, width: int = NARROW_WINDOW) -> None:
@@ -185,6 +188,7 @@ class Session:
         self._keys = keys
         self.local_index = keys.local_index
         self.remote_index = keys.remote_index
+        self._start = _START.pack(TRANSPORT, keys.remote_index)  # of every datagram
         self.is_initiator = keys.is_initiator
         self.created_at = now
         self.serial = serial
@@ -206,12 +210,15 @@ class Session:
 
     def seal(self, packet: bytes, limit: int = 0) -> bytes:
         """Seal one packet into a datagram of its own. Padding goes to a multiple of 16, but not beyond `limit`."""
-        counter = self.counter
+        counter, datagram = self.counter, _run
         self.counter = counter + 1
-        head = TRANSPORT_HEADER.pack(TRANSPORT, self.remote_index, counter)
         if lacking := _lacking(len(packet), limit):
             packet += _ZEROS[:lacking]
-        return head + self._seal(_nonce(counter), packet, NO_DATA)
+        datagram.truncate(0)
+        datagram.write(self._start)
+        write_i64_le(datagram, counter if counter < _SIGN else counter - 2 * _SIGN)
+        datagram.write(self._seal(_nonce(counter), packet, NO_DATA))
+        return datagram.getvalue()
 
     def seal_run(self, packets: list[bytes], limit: int) -> bytes:
         """Seal packets into datagrams, one behind the other; every path gets these same bytes.
@@ -229,18 +236,18 @@ class Session:
         plain = _padded(packets, limit)
         self.counter = counter + len(plain)
         nonces = _nonces(range(counter, self.counter))
-        start, run = _START.pack(TRANSPORT, self.remote_index), _run
+        start, run = self._start, _run
         run.truncate(0)
         for sealed in map(self._seal, nonces, plain, repeat(NO_DATA)):  # each is copied while it is in the cache
             run.write(start)
-            write_i64_le(run, counter)
+            write_i64_le(run, counter if counter < _SIGN else counter - 2 * _SIGN)
             run.write(sealed)
             counter += 1
         return run.getvalue()
 
     def _unsealed(self, packets: list[bytes], size: int, limit: int) -> bytes:
         """Return what `seal_run` returns, but for sealing it; nothing if not all of them have this size then."""
-        start, run, counter = _START.pack(TRANSPORT, self.remote_index), _run, self.counter
+        start, run, counter = self._start, _run, self.counter
         left, length = len(packets), -1
         tail = b""
         run.truncate(0)
@@ -397,11 +404,21 @@ def _per_call(count: int, size: int) -> int:
     return -(-count // calls)
 
 
+def read_header(datagram: bytes) -> tuple[int, int, int]:
+    """Return type (with the reserved zeros), index and counter of a datagram of at least 16 bytes, as type 4 has them.
+
+    (paper, 5.4.6)
+    """
+    word = read_i64_le(datagram, 0)
+    counter: int = read_i64_le(datagram, 8)
+    return word & 0xFFFFFFFF, word >> 32 & 0xFFFFFFFF, counter if counter >= 0 else counter + 2 * _SIGN
+
+
 def read_counters(datagrams: bytes, size: int) -> tuple[int, ...]:
     """Return the counters of a run of type 4 datagrams of `size` bytes each, the last perhaps shorter."""
     length = len(datagrams)
     if length <= size:
-        return (TRANSPORT_HEADER.unpack_from(datagrams)[2],)
+        return (read_header(datagrams)[2],)
     return _counters(size, -(-length // size)).unpack_from(datagrams)
 
 

@@ -28,17 +28,19 @@ CLONE_DEVICE: Final = "/dev/net/tun"
 MAX_FD: Final = 1024  # select() takes none above
 BATCH: Final = 64  # frames read in one turn
 BATCH_BYTES: Final = 256 << 10  # no more are read after so many bytes
-_IFF_TUN = 0x0001
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
-_TUNSETIFF = 0x400454CA
-_TUNSETOFFLOAD = 0x400454D0
-_F_TCP = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, TSO4, TSO6, TSO_ECN
-_F_UDP = 0x20 | 0x40  # TUN_F_USO4, USO6 (Linux 6.2)
-_IFREQ = struct.Struct("16sH22x")
-_NONE_WAITS = frozenset({errno.EAGAIN, errno.EIO})  # EIO: the device is down
-_SLACK = 512  # an administrator may raise the MTU behind our back
-_LARGEST = 65535 + VNET_SIZE
+_IFF_TUN: Final = 0x0001
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+_TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
+_F_TCP: Final = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, TSO4, TSO6, TSO_ECN
+_F_UDP: Final = 0x20 | 0x40  # TUN_F_USO4, USO6 (Linux 6.2)
+_IFREQ: Final = struct.Struct("16sH22x")
+_NONE_WAITS: Final = frozenset({errno.EAGAIN, errno.EIO})  # EIO: the device is down
+_read: Final = os.read
+_writev: Final = os.writev
+_SLACK: Final = 512  # an administrator may raise the MTU behind our back
+_LARGEST: Final = 65535 + VNET_SIZE
 
 
 class Tun:
@@ -77,7 +79,7 @@ class Tun:
     def read_one(self) -> bytes | None:
         """Return the frame that has waited longest, None if none waits. Raises OSError if the device has gone."""
         try:
-            frame = os.read(self._fd, self._size)
+            frame = _read(self._fd, self._size)
         except OSError as error:
             if error.errno in _NONE_WAITS:
                 return None
@@ -88,7 +90,7 @@ class Tun:
         """Hand IP packets to the kernel, together where it takes them so; return how many it did not take."""
         if len(packets) == 1:
             try:
-                os.writev(self._fd, single(packets[0]) if self._has_header else [packets[0]])
+                _writev(self._fd, single(packets[0]) if self._has_header else [packets[0]])
             except OSError:
                 return 1
             return 0
@@ -107,7 +109,7 @@ class Tun:
     def _takes(self, frame: Frame) -> bool:
         """Whether the kernel takes a frame: not while the device is down, nor what it does not like the look of."""
         try:
-            os.writev(self._fd, frame)
+            _writev(self._fd, frame)
         except OSError:
             return False
         return True

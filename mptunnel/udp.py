@@ -39,25 +39,25 @@ MAX_FD: Final = 1024  # select() takes none above
 BUFFER: Final = 8 << 20
 LARGEST: Final = 65535
 MAX_KNOWN: Final = 4096  # sources remembered
-_IP_MTU_DISCOVER = 10  # linux/in.h
-_IPV6_MTU_DISCOVER = 23  # linux/in6.h
-_PMTUDISC_PROBE = 3
-_IP_PKTINFO = 8
-_SO_RXQ_OVFL = 40
-_SO_SNDBUFFORCE = 32
-_SO_RCVBUFFORCE = 33
-_SOL_UDP = 17
-_UDP_SEGMENT = 103
-_UDP_GRO = 104
-_SIZE = struct.Struct("=H")
-_GRO_SIZE = struct.Struct("=i")
-_NOT_SO = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})  # this form is not to be had here
-_PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
-_PKTINFO6 = struct.Struct("=16sI")  # destination, interface
-_PKTINFO = frozenset({socket.IPV6_PKTINFO, _IP_PKTINFO})  # no two kinds that a socket of ours may bring are alike
-_DROPS = struct.Struct("=I")
-_ANCILLARY = 256
-_MOD32 = 1 << 32
+_IP_MTU_DISCOVER: Final = 10  # linux/in.h
+_IPV6_MTU_DISCOVER: Final = 23  # linux/in6.h
+_PMTUDISC_PROBE: Final = 3
+_IP_PKTINFO: Final = 8
+_SO_RXQ_OVFL: Final = 40
+_SO_SNDBUFFORCE: Final = 32
+_SO_RCVBUFFORCE: Final = 33
+_SOL_UDP: Final = 17
+_UDP_SEGMENT: Final = 103
+_UDP_GRO: Final = 104
+_SIZE: Final = struct.Struct("=H")
+_GRO_SIZE: Final = struct.Struct("=i")
+_NOT_SO: Final = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})  # not to be had in this form
+_PKTINFO4: Final = struct.Struct("=I4s4s")  # interface, local address to answer from, destination of the header
+_PKTINFO6: Final = struct.Struct("=16sI")  # destination, interface
+_PKTINFO: Final = frozenset({socket.IPV6_PKTINFO, _IP_PKTINFO})  # no two kinds that our sockets may bring are alike
+_DROPS: Final = struct.Struct("=I")
+_ANCILLARY: Final = 256
+_MOD32: Final = 1 << 32
 
 
 class PathError(Exception):
@@ -72,6 +72,7 @@ class Receiver:
             sock.close()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self._socket = sock
+        self._recvmsg, self._send, self._sendmsg = sock.recvmsg, sock.send, sock.sendmsg  # looked up once
         self._overrun = 0  # what our own receive queue had no room for: the kernel's count, and the news of it
         self.overrun = 0
         sock.setblocking(False)
@@ -107,7 +108,7 @@ class Receiver:
     def _send_run(self, data: bytes | memoryview, size: int, ancillary: list[Any], *to: Any) -> bool:
         """Whether a run went out in one call; if not, it is to be sent singly. Raises OSError if that is no use."""
         try:
-            self._socket.sendmsg([data], [*ancillary, (_SOL_UDP, _UDP_SEGMENT, _SIZE.pack(size))], 0, *to)
+            self._sendmsg([data], [*ancillary, (_SOL_UDP, _UDP_SEGMENT, _SIZE.pack(size))], 0, *to)
         except OSError as error:
             if error.errno in _NOT_SO:
                 self._refused_runs += 1
@@ -144,7 +145,7 @@ class PathSocket(Receiver):
 
     def receive(self) -> tuple[bytes, int, int]:
         """Return the next run of datagrams, their size and path. Raises OSError."""
-        run, ancillary, _, _ = self._socket.recvmsg(LARGEST, _ANCILLARY)
+        run, ancillary, _, _ = self._recvmsg(LARGEST, _ANCILLARY)
         size = len(run)
         for _, kind, data in ancillary:
             if kind == _UDP_GRO:
@@ -180,7 +181,7 @@ class PathSocket(Receiver):
         """Send a datagram of its own; return why it was refused, nothing if it was not."""
         self.unseen += len(datagram)
         try:
-            self._socket.send(datagram)
+            self._send(datagram)
         except OSError as error:
             if error.errno not in _PENDING or not self._sends_now(datagram):
                 return _name(error)
@@ -192,7 +193,7 @@ class PathSocket(Receiver):
         Also one that says what is too long (EMSGSIZE), which we did not ask: IP_PMTUDISC_PROBE believes none.
         """
         try:
-            self._socket.send(datagram)
+            self._send(datagram)
         except OSError:
             return False
         return True
@@ -215,7 +216,7 @@ class ServerSocket(Receiver):
 
     def receive(self) -> tuple[bytes, int, Endpoint]:
         """Return the next run of datagrams, their size and source. Raises OSError."""
-        run, ancillary, _, address = self._socket.recvmsg(LARGEST, _ANCILLARY)
+        run, ancillary, _, address = self._recvmsg(LARGEST, _ANCILLARY)
         local, size = b"", len(run)
         for _, kind, data in ancillary:
             if kind in _PKTINFO:
@@ -269,7 +270,7 @@ class ServerSocket(Receiver):
         """Send a datagram of its own; return why it was refused, nothing if it was not."""
         address, ancillary = self._ways.get(to) or self._way(to)
         try:
-            self._socket.sendmsg([datagram], ancillary, 0, address)
+            self._sendmsg([datagram], ancillary, 0, address)
         except OSError as error:
             return _name(error)
         return ""

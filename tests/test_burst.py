@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptunnel import burst, session
-from mptunnel.burst import BURST, LEAST, MOST, Burst, UnusableError
+from mptunnel.burst import BURST, LEAST, MOST, NAME, Burst, UnusableError
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, TAG_SIZE
 from mptunnel.noise import SessionKeys
 from mptunnel.session import Session, read_counters, sealed_size
@@ -192,9 +195,13 @@ class Function:
         return self._result
 
 
-def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPTUNNEL_BURST", "0")
-    assert burst.load() is None
+@is_here
+@pytest.mark.parametrize("wish", ["0", "1"])
+def test_it_can_be_switched_off(wish: str) -> None:
+    script = "from mptunnel import native; native.use(); from mptunnel import burst, session; print(burst.ciphers())"
+    environment = os.environ | {"MPTUNNEL_BURST": wish}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    assert (NAME in said.stdout) == (wish == "1")
 
 
 # -- a session with it and without ------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_a_full_control_socket_is_not_waited_for(
 
     server = turning.listen(tmp_path / "mpt9.sock")
     guests = [socket.socket(socket.AF_UNIX) for _ in range(MAX_CONNECTIONS + 1)]
-    monkeypatch.setattr(select, "select", watched)
+    monkeypatch.setattr(loop, "_select", watched)
     turning.turns(1)
     assert waited[-1].count(server.fileno()) == 1
     for guest in guests:
