@@ -146,7 +146,8 @@ class Loop(Generic[R]):
     def run_once(self) -> None:
         """Wait once, feed whatever is ready to the role, then drain the role."""
         control = self._control
-        due = min(self._due, self._own_due, self._ledger.due)
+        due = min(self._due, self._own_due)  # of two at a time: so it compiles to a comparison
+        due = min(due, self._ledger.due)
         readers, writers = self._fds, _NOTHING
         if control is not None and control.connections:  # somebody asks
             readers, writers = readers + control.readers(), control.writers()
