@@ -92,7 +92,10 @@ class AwsLc:
     @staticmethod
     def nonce(counter: int) -> int:
         """Return the nonce for a counter."""
-        return _swapped(counter & 0xFFFFFFFF) << 32 | _swapped(counter >> 32)
+        high = counter >> 32
+        if high > 0xFFFFFFFF:  # it would begin anew
+            raise OverflowError(f"no nonce for {counter}")
+        return _swapped(counter & 0xFFFFFFFF) << 32 | _swapped(high)
 
     @staticmethod
     def nonces(counters: Sequence[int]) -> tuple[int, ...]:

@@ -6,11 +6,11 @@ comes alone, or in a short run, does not go this way. Neither does anything on p
 library is the slower one.
 
 The jobs are C structures (intel-ipsec-mb.h, version 1.3), so all of this is about being sure of them: the library must
-have the version's name in its own, the functions that it names must lie where the header says, the jobs as far apart,
-and what it seals must be what OpenSSL seals. Else it is not used. A run that it does not take is for the other way.
+say that it is of that version, the functions that it names must lie where the header says, the jobs as far apart, and
+what it seals must be what OpenSSL seals. Else it is not used. A run that it does not take is for the other way.
 
 Everything that it reads and writes lies in a place of our own, which never moves: so the jobs for datagrams of one size
-are the same each time, and are written once.
+are the same each time, and are written once. As many are made as a run has datagrams: the sizes of forged ones differ.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from functools import lru_cache
 from hmac import compare_digest
 from typing import Any, Final
 
-from mptunnel.aead import CIPHER, KEY_SIZE, OpenSsl
+from mptunnel.aead import CIPHER, KEY_SIZE, NO_DATA, OpenSsl
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, TAG_SIZE
 
 LEAST: Final = 6  # packets that are worth a call
 MOST: Final = 64
+TOP: Final = (1 << 32) - MOST  # of the first counter: all are below 2^32, and no session lives to see that
 NAME: Final = "ipsec-mb"
 
 _LIBRARY: Final = "libIPSec_MB.so.1"
 _SPACE: Final = 1 << 16  # for a run: no call of the kernel's takes or gives more
 _WORD: Final = 8
-_TOP: Final = 1 << 32  # counters are below it; no session lives to see it
+_VERSION: Final = 0x103
+_MAX_LAYOUTS: Final = 256
+_LEAST_TO_OPEN: Final = 16  # datagrams that are worth a call to open, or
+_LEAST_SIZE_TO_OPEN: Final = 8 << 10  # bytes of fewer
 
 # intel-ipsec-mb.h: where IMB_MGR has these functions and its jobs, and the fields of an IMB_JOB
 _GET_NEXT_BURST, _SUBMIT_BURST, _JOBS = 952, 960, 1024
@@ -84,7 +88,7 @@ class Burst:
         jobs = (ctypes.c_char * _QUEUE).from_address(self._first_job)
         self._jobs = memoryview(jobs).cast("B")
         self._fields = self._jobs.cast("Q")
-        self._layout = lru_cache(maxsize=64)(self._make_layout)
+        self._layouts: dict[tuple[int, int], bytes] = {}
         self._laid, self._laid_count = (0, 0, 0), 0  # jobs that are written: direction, size, place, and how many
         _check(self)
 
@@ -102,9 +106,12 @@ class Burst:
 
         None if any of them is not authentic, or the library does not take them.
         """
+        count = -(-len(run) // size)
+        if count < _LEAST_TO_OPEN and len(run) < _LEAST_SIZE_TO_OPEN:
+            return None
         if not self._do(key, _DECRYPT, run, size, counter) or not self._are_authentic(run, size):
             return None
-        return bytes(self._view[_PLAIN : _PLAIN + len(run) - -(-len(run) // size) * OVERHEAD])
+        return bytes(self._view[_PLAIN : _PLAIN + len(run) - count * OVERHEAD])
 
     def forget(self) -> None:
         """Have no key any more."""
@@ -117,7 +124,7 @@ class Burst:
         total = len(run)
         count = -(-total // size)
         last = total - (count - 1) * size
-        if not LEAST <= count <= MOST or total > _SPACE or last < OVERHEAD or counter >= _TOP - MOST:
+        if not LEAST <= count <= MOST or total > _SPACE or last < OVERHEAD or counter > TOP:
             return False
         if self._get(self._manager, count, self._at_list) != count:
             return False
@@ -125,7 +132,7 @@ class Burst:
         if self._listed[count - 1] - self._first_job != at + length - _JOB.size or at < 0 or at + length > _QUEUE:
             return False  # they do not lie in a row
         if self._laid != (direction, size, at) or self._laid_count < count:
-            self._jobs[at : at + length] = self._layout(direction, size)[:length]
+            self._jobs[at : at + length] = self._layout(direction, size, count)[:length]
             self._laid, self._laid_count = (direction, size, at), count
         if last < size:
             self._laid_count = count - 1
@@ -135,8 +142,8 @@ class Burst:
                 self._fields[field + _TAG] = self._run + total - TAG_SIZE
         self._view[:total] = run
         if self._keys[direction] is not key:
-            self._keys[direction] = key
             self._view[_KEYS[direction] : _KEYS[direction] + KEY_SIZE] = key
+            self._keys[direction] = key
         _numbers(count).pack_into(self._memory, _COUNTERS, *range(counter, counter + count))
         return bool(self._submit(self._manager, count, self._at_list) == count)
 
@@ -153,10 +160,18 @@ class Burst:
             tags, b"".join([self._words[at + half : at + 2 * count : 2].tobytes() for half in (0, 1)])
         )
 
-    def _make_layout(self, direction: int, size: int) -> bytes:
-        """Return the jobs for as many datagrams of one size as one call takes."""
+    def _layout(self, direction: int, size: int, count: int) -> bytes:
+        """Return the jobs for at least `count` datagrams of one size."""
+        made = self._layouts.get((direction, size), b"")
+        if len(made) < count * _JOB.size:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            made = self._layouts[direction, size] = self._make_layout(direction, size, count)
+        return made
+
+    def _make_layout(self, direction: int, size: int, count: int) -> bytes:
         jobs, length, key = [], size - OVERHEAD, self._run + _KEYS[direction]
-        for number in range(MOST):
+        for number in range(count):
             source = self._run + number * size + HEADER_SIZE
             target, tag = self._run + _PLAIN + number * length, self._run + _TAGS + number * TAG_SIZE
             if direction == _ENCRYPT:
@@ -191,7 +206,7 @@ def _manager(library: Any) -> int:
         raise UnusableError(str(error)) from None
     version.restype, make.restype, make.argtypes = ctypes.c_uint, ctypes.c_void_p, [ctypes.c_uint64]
     start.restype, start.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
-    if version() >> 16 != 1:
+    if version() >> 8 != _VERSION:
         raise UnusableError(f"version {version():#x}")
     manager = make(0)
     if not manager:
@@ -215,19 +230,24 @@ def _function(library: Any, manager: int, name: str, offset: int) -> Any:
 
 def _check(burst: Burst) -> None:
     """See that it seals like OpenSSL, opens that, and nothing that has been altered."""
-    key, counter, size = bytes(range(KEY_SIZE)), 0x01020304, 200 + OVERHEAD
-    cipher = OpenSsl(key)
-    plain = [bytes(range(number, 200 + number)) for number in range(LEAST)] + [b"last"]
-    head = bytes(range(HEADER_SIZE))
-    sealed = b"".join(
-        head + cipher.encrypt(OpenSsl.nonce(counter + number), each, b"") for number, each in enumerate(plain)
-    )
+    key, counter, size = bytes(range(KEY_SIZE)), 0x01020304, 600 + OVERHEAD
+    cipher, head = OpenSsl(key), bytes(range(HEADER_SIZE))
+    plain = [bytes((number,)) * 600 for number in range(_LEAST_TO_OPEN)] + [b"last"]
+    nonces = OpenSsl.nonces(range(counter, counter + len(plain)))
+    sealed = b"".join(head + cipher.encrypt(nonce, each, NO_DATA) for nonce, each in zip(nonces, plain, strict=True))
     if burst.seal(key, b"".join(head + each + bytes(TAG_SIZE) for each in plain), size, counter) != sealed:
         raise UnusableError("it seals otherwise")
     if burst.open(key, sealed, size, counter) != b"".join(plain):
         raise UnusableError("it does not open what was sealed")
-    for at in (HEADER_SIZE, len(sealed) - 1):
-        if burst.open(key, sealed[:at] + bytes((sealed[at] ^ 1,)) + sealed[at + 1 :], size, counter) is not None:
+    even = sealed[: size * _LEAST_TO_OPEN]
+    for run, at in (
+        (even, HEADER_SIZE),
+        (even, len(even) - TAG_SIZE),
+        (even, len(even) - 1),
+        (sealed, len(sealed) - 1),
+    ):
+        altered = run[:at] + bytes((run[at] ^ 1,)) + run[at + 1 :]
+        if burst.open(key, altered, size, counter) is not None:
             raise UnusableError("it opens what was altered")
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from librt.strings import BytesWriter, read_i64_le, write_i64_le
 
 from mptunnel.aead import CIPHER, NO_DATA
-from mptunnel.burst import BURST, LEAST
+from mptunnel.burst import BURST, LEAST, TOP
 from mptunnel.messages import HEADER_SIZE, OVERHEAD, PADDING, TAG_SIZE, TRANSPORT
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class Session:
         They are padded like that of `seal`.
         """
         counter = self.counter
-        if len(packets) >= LEAST and BURST is not None:
+        if len(packets) >= LEAST and BURST is not None and counter <= TOP:
             size = sealed_size(len(packets[0]), limit)
             unsealed = self._unsealed(packets, size, limit)
             together = BURST.seal(self._keys.send, unsealed, size, counter) if unsealed else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib import machinery, util
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,13 @@ def test_the_nonce_is_four_zeros_and_the_counter_as_little_endian(aead: type[Aea
 def test_many_nonces_are_those_of_each_counter(aead: type[Aead]) -> None:
     for counters in (range(5, 50), (3, 9, 2**64 - 1), ()):
         assert list(aead.nonces(counters)) == [aead.nonce(counter) for counter in counters]
+
+
+@each
+def test_there_is_no_nonce_beyond_the_last_one(aead: type[Aead]) -> None:
+    for counter in (2**64, 2**64 + 1, 2**80):
+        with pytest.raises((OverflowError, struct.error)):
+            aead.nonce(counter)
 
 
 @each

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,20 @@ COUNTER = 2**31 - 3
 HEAD = bytes(range(HEADER_SIZE))
 TOP = 1420  # as `limit`
 
-is_here = pytest.mark.skipif(BURST is None, reason="no ipsec-mb on this machine, or no AVX-512")
+ENOUGH = 16  # datagrams that are worth a call to open, however short
+
+
+def is_to_be_used() -> bool:
+    """Whether this machine has the library and a processor for it; asked otherwise than the program does."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="ascii").split())
+    try:
+        ctypes.CDLL("libIPSec_MB.so.1")
+    except OSError:
+        return False
+    return {"avx512ifma", "vaes", "gfni", "vpclmulqdq"} <= flags
+
+
+is_here = pytest.mark.skipif(not is_to_be_used(), reason="no ipsec-mb on this machine, or no AVX-512")
 
 
 def used() -> Burst:
@@ -62,10 +76,15 @@ def unsealed(plain: list[bytes]) -> bytes:
 def plaintexts(draw: st.DrawFn) -> list[bytes]:
     """Draw what one run holds: all of one length, the last one perhaps shorter."""
     length = draw(st.integers(0, 1488))
-    count = draw(st.integers(LEAST, min(MOST, 65535 // (length + OVERHEAD))))
+    count = draw(st.integers(ENOUGH, min(MOST, 65535 // (length + OVERHEAD))))
     last = draw(st.integers(0, length))
     noise = draw(st.binary(min_size=64, max_size=64))
     return [(noise * 24)[number % 64 :][:size] for number, size in enumerate([length] * (count - 1) + [last])]
+
+
+@is_here
+def test_it_is_used_where_it_is() -> None:
+    assert BURST is not None
 
 
 @is_here
@@ -90,10 +109,21 @@ def test_nothing_is_opened_if_one_of_its_datagrams_is_altered(plain: list[bytes]
 
 
 @is_here
+@pytest.mark.parametrize(("length", "last"), [(64, 64), (64, 20), (63, 63), (1420, 1420), (1400, 1)])
+def test_each_byte_of_each_tag_counts(length: int, last: int) -> None:
+    plain = [b"x" * length] * (ENOUGH - 1) + [b"x" * last]
+    size, sealed = length + OVERHEAD, one_by_one(plain)
+    ends = [*range(size, ENOUGH * size, size), len(sealed)]
+    for at in (end - back for end in ends for back in range(1, TAG_SIZE + 1)):
+        assert used().open(KEY, sealed[:at] + bytes((sealed[at] ^ 0x80,)) + sealed[at + 1 :], size, COUNTER) is None
+    assert used().open(KEY, sealed, size, COUNTER) is not None
+
+
+@is_here
 def test_runs_of_all_shapes_in_turn(pair: tuple[Session, Session]) -> None:
     """What was written for the last run must not show in this one."""
     sender, receiver = pair
-    shapes = [(9, 112, 112), (9, 112, 60), (9, 112, 112), (20, 112, 112), (20, 96, 1), (7, 96, 96), (64, 96, 96)]
+    shapes = [(19, 112, 112), (19, 112, 60), (19, 112, 112), (25, 112, 112), (25, 96, 1), (17, 96, 96), (64, 96, 96)]
     for count, length, last in shapes * 2:
         plain = [bytes([number]) * length for number in range(count - 1)] + [b"z" * last]
         run = sender.seal_run(plain, 0)
@@ -104,22 +134,26 @@ def test_runs_of_all_shapes_in_turn(pair: tuple[Session, Session]) -> None:
 
 @is_here
 def test_a_run_that_does_not_fit_is_for_the_other_way() -> None:
-    plain = [b"x" * 100] * LEAST
+    plain = [b"x" * 100] * ENOUGH
     size = 100 + OVERHEAD
     for counter in (2**32 - 1, 2**40):
         assert used().seal(KEY, unsealed(plain), size, counter) is None
         assert used().open(KEY, one_by_one(plain, counter=counter), size, counter) is None
     assert used().open(KEY, one_by_one([b"x" * 2000] * 40), 2000 + OVERHEAD, COUNTER) is None
-    assert used().seal(KEY, unsealed(plain[1:]), size, COUNTER) is None  # too few for a call
+    assert used().seal(KEY, unsealed(plain[: LEAST - 1]), size, COUNTER) is None  # too few for a call
+    assert used().seal(KEY, unsealed(plain[:LEAST]), size, COUNTER) == one_by_one(plain[:LEAST])
+    assert used().open(KEY, one_by_one(plain[1:]), size, COUNTER) is None
+    long = [b"x" * 1400] * LEAST
+    assert used().open(KEY, one_by_one(long), 1400 + OVERHEAD, COUNTER) == b"".join(long)
     assert used().seal(KEY, unsealed([b""] * (MOST + 1)), OVERHEAD, COUNTER) is None
-    assert used().open(KEY, one_by_one(plain)[: -100 - 1], size, COUNTER) is None  # no whole tag at the end
+    assert used().open(KEY, one_by_one([*plain, plain[0]])[: -100 - 1], size, COUNTER) is None  # no tag at the end
     assert used().open(KEY, one_by_one(plain), size, COUNTER) == b"".join(plain)
 
 
 @is_here
 def test_no_key_stays_behind(pair: tuple[Session, Session]) -> None:
     sender, receiver = pair
-    run = sender.seal_run([b"x" * 112] * LEAST, 0)
+    run = sender.seal_run([b"x" * 112] * ENOUGH, 0)
     assert receiver.open(run, 112 + OVERHEAD, None, 0.0).plain
     assert bytes(used()._memory).count(KEY) == 2
     receiver.close()
@@ -169,15 +203,16 @@ def test_another_library_or_another_processor_s_is_not_used(
 
 
 @pytest.mark.interpreted
-def test_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [0x20000, 0x10400, 0x10200])
+def test_another_version_is_not_used(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def library(_: str) -> Any:
         return SimpleNamespace(
-            imb_get_version=Function(0x20000), alloc_mb_mgr=Function(1),
+            imb_get_version=Function(version), alloc_mb_mgr=Function(1),
             init_mb_mgr_auto=Function(None),
         )  # fmt: skip
 
     monkeypatch.setattr(ctypes, "PyDLL", library)
-    with pytest.raises(UnusableError, match="version 0x20000"):
+    with pytest.raises(UnusableError, match=f"version {version:#x}"):
         Burst()
     monkeypatch.setattr(ctypes, "PyDLL", lambda _: SimpleNamespace())
     with pytest.raises(UnusableError, match="imb_get_version"):
@@ -221,19 +256,41 @@ def pair() -> Iterator[tuple[Session, Session]]:
 def test_a_session_sends_the_same_with_it_and_without(plain: list[bytes], limit: int) -> None:
     plain = [each[:TOP] for each in plain]
     sent = []
-    for way in (BURST, None):
+    asked = []
+
+    class Asked:
+        def seal(self, *given: Any) -> bytes | None:
+            asked.append(used().seal(*given) if BURST is not None else None)
+            return asked[-1]
+
+        def forget(self) -> None:
+            pass
+
+    for way in (Asked(), None):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "BURST", way)
             one = Session(SessionKeys(KEY, OTHER_KEY, 1, 2, is_initiator=True), 0, 0.0)
             sent.append((one.seal_run(plain, limit), one.counter))
             one.close()
     assert sent[0] == sent[1]
+    assert len(asked) == 1
+    assert asked[0] is not None or BURST is None, "a run that a session sends is one that is taken"
+
+
+@pytest.mark.parametrize("first", [2**32 - MOST, 2**32 - 3, 2**63 - 3, 2**63, 2**64 - 50])
+def test_counters_that_are_too_large_for_it(first: int, pair: tuple[Session, Session]) -> None:
+    sender, _ = pair
+    sender.counter = first
+    plain = [b"x" * 112] * ENOUGH
+    run = sender.seal_run(plain, 0)
+    assert run == restarted(plain, first)
+    assert read_counters(run, 112 + OVERHEAD) == tuple(range(first, first + ENOUGH))
 
 
 def test_packets_of_several_sizes_are_sealed_one_by_one(pair: tuple[Session, Session]) -> None:
     sender, receiver = pair
     for odd in (b"x" * 200, b"x" * 60):  # in the middle of a run such a packet would shift the rest
-        plain = [*[b"x" * 112] * LEAST, odd, b"x" * 112]
+        plain = [*[b"x" * 112] * ENOUGH, odd, b"x" * 112]
         run = sender.seal_run(plain, 0)
         at = 0
         for each in plain:
@@ -246,7 +303,7 @@ def test_packets_of_several_sizes_are_sealed_one_by_one(pair: tuple[Session, Ses
 
 def test_an_altered_datagram_costs_a_run_only_itself(pair: tuple[Session, Session]) -> None:
     sender, receiver = pair
-    plain = [bytes([number]) * 112 for number in range(2 * LEAST)]
+    plain = [bytes([number]) * 112 for number in range(2 * ENOUGH)]
     run, size = sender.seal_run(plain, 0), 112 + OVERHEAD
     at = 3 * size + HEADER_SIZE
     opened = receiver.open(run[:at] + bytes((run[at] ^ 1,)) + run[at + 1 :], size, None, 0.0)
@@ -254,4 +311,4 @@ def test_an_altered_datagram_costs_a_run_only_itself(pair: tuple[Session, Sessio
     assert opened.plain == [*plain[:3], *plain[4:]]
     assert list(opened.counters) == [number for number in read_counters(run, size) if number != 3]
     again = receiver.open(run, size, None, 0.0)  # the counter was not spent
-    assert (again.plain, again.repeated) == ([plain[3]], 2 * LEAST - 1)
+    assert (again.plain, again.repeated) == ([plain[3]], 2 * ENOUGH - 1)

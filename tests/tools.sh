@@ -15,18 +15,23 @@ for pair in "$@"; do
     esac
 done
 
-install() {
-    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || return 1
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } \
-        >/dev/null 2>&1
-}
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 
-if [ -n "$wanted" ]; then
+update() { apt-get update -qq >/dev/null 2>&1; }
+
+install() { DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1; }
+
+if [ -n "$missing" ]; then
     # shellcheck disable=SC2086  # a list
-    install $wanted || echo "faster with:$wanted; to install it: sudo apt-get install$wanted" >&2
+    { can_install && update && install $missing; } || {
+        echo "missing here:$missing; install them first: sudo apt-get install$missing" >&2
+        exit 1
+    }
 fi
-[ -n "$missing" ] || exit 0
-# shellcheck disable=SC2086  # a list
-install $missing && exit 0
-echo "missing here:$missing; install them first: sudo apt-get install$missing" >&2
-exit 1
+if [ -n "$wanted" ] && can_install; then
+    # Lists that are there are not fetched anew for it: a system may not have it, and this may be asked often.
+    ls /var/lib/apt/lists/*Packages* >/dev/null 2>&1 || update
+    # shellcheck disable=SC2086  # a list
+    install $wanted || echo "without$wanted, which would make some things faster" >&2
+fi
+exit 0
