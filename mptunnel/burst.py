@@ -38,7 +38,9 @@ _LEAST_TO_OPEN: Final = 16  # datagrams that are worth a call to open, or
 _LEAST_SIZE_TO_OPEN: Final = 8 << 10  # bytes of fewer
 
 # intel-ipsec-mb.h: where IMB_MGR has these functions and its jobs, and the fields of an IMB_JOB
-_GET_NEXT_BURST, _SUBMIT_BURST, _JOBS = 952, 960, 1024
+_GET_NEXT_BURST: Final = 952
+_SUBMIT_BURST: Final = 960
+_JOBS: Final = 1024
 _SUFFIX: Final = "_avx512_t2"  # of the functions' names: for AVX-512 with IFMA and what came with it
 _JOB: Final = struct.Struct(
     "<QQQ"  # keys to encrypt and decrypt, their size
@@ -49,10 +51,14 @@ _JOB: Final = struct.Struct(
     "48x"  # of the user's, of other algorithms
 )
 _QUEUE: Final = 256 * _JOB.size  # IMB_MAX_JOBS
-_CIPHER, _HASH = 19, 29  # IMB_CIPHER_CHACHA20_POLY1305, IMB_AUTH_CHACHA20_POLY1305
-_ENCRYPT, _DECRYPT = 1, 2  # IMB_DIR_
+_CIPHER: Final = 19  # IMB_CIPHER_CHACHA20_POLY1305
+_HASH: Final = 29  # IMB_AUTH_CHACHA20_POLY1305
+_ENCRYPT: Final = 1  # IMB_DIR_ENCRYPT
+_DECRYPT: Final = 2
 _ORDERS: Final = {_ENCRYPT: 1, _DECRYPT: 2}  # IMB_ORDER_CIPHER_HASH, IMB_ORDER_HASH_CIPHER
-_CIPHER_LENGTH, _HASH_LENGTH, _TAG = 6, 8, 11  # which of the fields, of eight bytes each
+_CIPHER_LENGTH: Final = 6  # which of the fields, of eight bytes each
+_HASH_LENGTH: Final = 8
+_TAG: Final = 11
 
 # The memory, from its beginning: the run; the plaintexts, one behind the other; eight zeros and the counters, so that
 # an IV, four zeros and a counter, begins in the upper half of the counter before; the tags; a key for each direction.
@@ -154,11 +160,9 @@ class Burst:
             ends = [min(number * size, len(run)) for number in range(1, count + 1)]
             tags = b"".join([run[end - TAG_SIZE : end] for end in ends])
             return compare_digest(tags, self._view[_TAGS : _TAGS + count * TAG_SIZE])
-        step, end, at = size // _WORD, len(run) // _WORD, _TAGS // _WORD
-        tags = b"".join([self._words[step - half : end : step].tobytes() for half in (2, 1)])
-        return compare_digest(
-            tags, b"".join([self._words[at + half : at + 2 * count : 2].tobytes() for half in (0, 1)])
-        )
+        words, step, at = self._words, size // _WORD, _TAGS // _WORD
+        tags = b"".join([words[half + step - 2 : count * step : step].tobytes() for half in (0, 1)])
+        return compare_digest(tags, b"".join([words[half + at : at + 2 * count : 2].tobytes() for half in (0, 1)]))
 
     def _layout(self, direction: int, size: int, count: int) -> bytes:
         """Return the jobs for at least `count` datagrams of one size."""
