@@ -156,8 +156,7 @@ class Loop(Generic[R]):
         if due < self._carried_at + PEACE:
             due = min(self._carried_at + PEACE, due + LATEST)
         before = _clock(_BOOTTIME)
-        wait = 0.0 if due < before else due - before if due < before + LONGEST_WAIT else LONGEST_WAIT
-        ready, writable, _ = _select(readers, writers, _NOTHING, wait)
+        ready, writable, _ = _select(readers, writers, _NOTHING, min(max(0.0, due - before), LONGEST_WAIT))
         moment = _clock(_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
         self._is_calm = self._streak <= CALM

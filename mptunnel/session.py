@@ -215,8 +215,7 @@ class Session:
         if lacking := _lacking(len(packet), limit):
             packet += _ZEROS[:lacking]
         datagram.truncate(0)
-        datagram.write(self._start)
-        write_i64_le(datagram, counter if counter < _SIGN else counter - 2 * _SIGN)
+        self._write_header(datagram, counter)
         datagram.write(self._seal(_nonce(counter), packet, NO_DATA))
         return datagram.getvalue()
 
@@ -236,18 +235,21 @@ class Session:
         plain = _padded(packets, limit)
         self.counter = counter + len(plain)
         nonces = _nonces(range(counter, self.counter))
-        start, run = self._start, _run
+        run = _run
         run.truncate(0)
         for sealed in map(self._seal, nonces, plain, repeat(NO_DATA)):  # each is copied while it is in the cache
-            run.write(start)
-            write_i64_le(run, counter if counter < _SIGN else counter - 2 * _SIGN)
+            self._write_header(run, counter)
             run.write(sealed)
             counter += 1
         return run.getvalue()
 
+    def _write_header(self, datagrams: BytesWriter, counter: int) -> None:
+        datagrams.write(self._start)
+        write_i64_le(datagrams, counter if counter < _SIGN else counter - 2 * _SIGN)
+
     def _unsealed(self, packets: list[bytes], size: int, limit: int) -> bytes:
         """Return what `seal_run` returns, but for sealing it; nothing if not all of them have this size then."""
-        start, run, counter = self._start, _run, self.counter
+        run, counter = _run, self.counter
         left, length = len(packets), -1
         tail = b""
         run.truncate(0)
@@ -259,8 +261,7 @@ class Session:
                 if now > size or (now < size and left):
                     return b""
                 tail = bytes(now - OVERHEAD - length + TAG_SIZE)
-            run.write(start)
-            write_i64_le(run, counter)
+            self._write_header(run, counter)
             run.write(packet)
             run.write(tail)
             counter += 1
@@ -313,7 +314,7 @@ class Session:
 
     def _open_fresh_run(self, run: bytes, size: int, first: int, count: int, path: int | None, opened: Opened) -> None:
         counters, opens, plain, at = range(first, first + count), self._open, opened.plain, 0
-        if count >= LEAST and BURST is not None:
+        if BURST is not None:
             together = BURST.open(self._keys.receive, run, size, first)
             if together is not None:
                 opened.plain = _pieces(together, size - OVERHEAD, count)
@@ -362,8 +363,7 @@ class Session:
 
 def sealed_size(length: int, limit: int) -> int:
     """Return the bytes that a packet of `length` takes on the wire, padded but not beyond `limit`."""
-    padded = -(-length // PADDING) * PADDING
-    return (max(length, limit) if padded > limit > 0 else padded) + OVERHEAD
+    return length + _lacking(length, limit) + OVERHEAD
 
 
 def runs(packets: list[bytes], limit: int) -> Iterable[tuple[list[bytes], int]]:
