@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mypy_extensions import i64
+
     _Function = Callable[[Any, bytes, bytes], bytes]
 
 KEY_SIZE: Final = 32
@@ -95,7 +97,11 @@ class AwsLc:
         high = counter >> 32
         if high > 0xFFFFFFFF:  # it would begin anew
             raise OverflowError(f"no nonce for {counter}")
-        return _swapped(counter & 0xFFFFFFFF) << 32 | _swapped(high)
+        upper, lower = _swapped(counter & 0xFFFFFFFF), _swapped(high)
+        if upper < 1 << 31:
+            return upper << 32 | lower
+        number: int = upper - (1 << 32) << 32 | lower  # what these bits are as an i64
+        return number + (1 << 64)
 
     @staticmethod
     def nonces(counters: Sequence[int]) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ class AwsLc:
             return False
 
 
-def _swapped(word: int) -> int:
+def _swapped(word: i64) -> i64:
     """Return a number of 32 bits with its bytes the other way round."""
     return (word & 0xFF) << 24 | (word & 0xFF00) << 8 | word >> 8 & 0xFF00 | word >> 24
 

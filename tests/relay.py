@@ -7,6 +7,7 @@ tunnel without a wire would, and compares each super-packet with what it became.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -117,18 +118,17 @@ class Relay(threading.Thread):
         self._wish, self._seen = wish, seen
         self._ways = {a.tun.fileno(): (a.tun, b.tun) for a, b in (hosts, hosts[::-1])}
         self._lost: set[bytes] = set()
-        self.may_go = threading.Event()
-        self.may_go.set()
+        self.gate = threading.Lock()  # who has it is sure that nothing is being carried
 
     def run(self) -> None:
         """Carry."""
         while not self.is_over:
             ready, _, _ = select.select(list(self._ways), [], [], 0.02)
-            self.may_go.wait(PATIENCE)
-            for fd in ready:
-                source, target = self._ways[fd]
-                for frame in source.read():
-                    self._carry(frame, target)
+            with self.gate:
+                for fd in ready:
+                    source, target = self._ways[fd]
+                    for frame in source.read():
+                        self._carry(frame, target)
 
     def _carry(self, frame: bytes, target: Tun) -> None:
         wish, seen = self._wish, self._seen
@@ -193,14 +193,12 @@ def _tcp(wish: Wish, relay: Relay, near: Host, far: Host) -> bool:
         thread = threading.Thread(target=receive)
         thread.start()
         chance = random.Random(7)
-        if wish.at_once:
-            relay.may_go.clear()
-        for size in wish.writes:
-            data = chance.randbytes(size)
-            sent.update(data)
-            sender.sendall(data)
-        sender.shutdown(socket.SHUT_WR)
-        relay.may_go.set()
+        with relay.gate if wish.at_once else contextlib.nullcontext():
+            for size in wish.writes:
+                data = chance.randbytes(size)
+                sent.update(data)
+                sender.sendall(data)
+            sender.shutdown(socket.SHUT_WR)
         thread.join()
         receiver.close()
     return sent.digest() == got.digest()

@@ -42,7 +42,7 @@ def is_to_be_used() -> bool:
     return {"avx512ifma", "vaes", "gfni", "vpclmulqdq"} <= flags
 
 
-is_here = pytest.mark.skipif(not is_to_be_used(), reason="no ipsec-mb on this machine, or no AVX-512")
+is_here = pytest.mark.skipif(not is_to_be_used(), reason="no ipsec-mb on this machine, or no AVX-512 with IFMA")
 
 
 def used() -> Burst:
