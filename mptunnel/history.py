@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from mptunnel.messages import MAX_PATHS, PathReceipt, Receipt, decode_receipt_untrusted
@@ -163,10 +162,10 @@ class Told:
         (name, minute), hour = self.history.views(self.account, now)
         is_new = now - self._taken_at < MINUTE
         records = tuple(
-            replace(each, gap=min(each.gap, path_receipt(self.account, each.path).recent if is_new else 0.0))
+            each._replace(gap=min(each.gap, path_receipt(self.account, each.path).recent if is_new else 0.0))
             for each in minute.records
         )
-        minute = replace(minute, gap=min(minute.gap, self.account.recent if is_new else 0.0), records=records)
+        minute = minute._replace(gap=min(minute.gap, self.account.recent if is_new else 0.0), records=records)
         return [(name, minute), hour]
 
     def _note_gap(self, way: int, gap: float, recent: float, last_gap: float, last_recent: float) -> None:
@@ -296,13 +295,13 @@ def _continued(account: Receipt, last: Receipt, new: Receipt) -> Receipt:
 
 def _with_gaps_of(before: Receipt, account: Receipt) -> Receipt:
     """Return an account whose gaps are at least as long as those of an earlier one."""
-    records = tuple(replace(each, gap=max(each.gap, path_receipt(before, each.path).gap)) for each in account.records)
-    return replace(account, gap=max(account.gap, before.gap), records=records)
+    records = tuple(each._replace(gap=max(each.gap, path_receipt(before, each.path).gap)) for each in account.records)
+    return account._replace(gap=max(account.gap, before.gap), records=records)
 
 
 def _without(receipt: Receipt, path: int) -> Receipt:
     """Return an account that knows nothing of a path."""
-    return replace(receipt, records=tuple(each for each in receipt.records if each.path != path))
+    return receipt._replace(records=tuple(each for each in receipt.records if each.path != path))
 
 
 def _more(before: int, now: int, bits: int = 32) -> int:

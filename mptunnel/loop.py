@@ -153,14 +153,15 @@ class Loop(Generic[R]):
             readers, writers = readers + control.readers(), control.writers()
             readers.remove(control.fileno())
             due = min(due, control.next_deadline())
+        latest = due + LATEST
         if due < self._carried_at + PEACE:
-            due = min(self._carried_at + PEACE, due + LATEST)
+            due = min(self._carried_at + PEACE, latest)
         before = _clock(_BOOTTIME)
         ready, writable, _ = _select(readers, writers, _NOTHING, min(max(0.0, due - before), LONGEST_WAIT))
         moment = _clock(_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
         self._is_calm = self._streak <= CALM
-        is_all = bool(ready) and not writable and moment < due
+        is_all = bool(ready) and not writable and moment < latest
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is None or not handler(moment):

@@ -561,7 +561,7 @@ class ServerPeer(Peer):
         self.receipts.gaps.heard(path.id, echo.incarnation, echo.seq, echo.probe_us, later, until_next, now)
         settle_at = self.receipts.mark(session, counter, echo.packets, now, path.id, interval, self._paths_in_use())
         self.timers.at_the_latest(Timer.SETTLE, settle_at)
-        path.seen_as = (str(messages.unpack_address(echo.address)), echo.port)
+        path.seen_as = (messages.address_text(echo.address), echo.port)
         for record in echo.records:
             other = self.paths.get(record.path)
             if other is not None and other is not path:

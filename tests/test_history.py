@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +75,7 @@ def test_what_is_shown_afresh_begins_at_nothing_in_every_window() -> None:
     now = live(history, 100.0)
     history.gap(1, 2.0)
     history.restart(now)
-    shown = history.shown(replace(account(1500), gap=9.0))
+    shown = history.shown(account(1500)._replace(gap=9.0))
     assert (shown.packets, shown.gap, path_receipt(shown, 1).gap) == (500, 0.0, 0.0)
     assert [window.packets for _, window in history.views(now, 101.0)] == [0, 0]
     history.step(lambda: now, 102.0)
@@ -127,13 +125,13 @@ def test_an_older_receipt_and_one_of_an_older_session_are_ignored() -> None:
 
 def test_a_gap_that_is_told_belongs_to_the_time_in_which_it_is_told() -> None:
     told = Told()
-    told.take(replace(account(100), gap=5.0, recent=0.0), (1, 0), 0.0)
+    told.take(account(100)._replace(gap=5.0, recent=0.0), (1, 0), 0.0)
     told.begin_afresh()
-    told.take(replace(account(110), gap=5.0, recent=0.25), (1, 1), 1.0)
+    told.take(account(110)._replace(gap=5.0, recent=0.25), (1, 1), 1.0)
     status = told.status(2.0)
     assert status is not None
     assert (status["packets"], status["longest_gap_ms"], status["minute"]["longest_gap_ms"]) == (10, 250, 250)
-    told.take(replace(account(120), gap=6.0, recent=6.0), (1, 2), 2.0)
+    told.take(account(120)._replace(gap=6.0, recent=6.0), (1, 2), 2.0)
     status = told.status(3.0)
     assert status is not None
     assert (status["longest_gap_ms"], status["hour"]["longest_gap_ms"]) == (6000, 6000)

@@ -195,6 +195,22 @@ def test_a_turn_in_which_all_went_the_short_way_ends_there_but_not_when_somethin
     assert len(turned) == 2
 
 
+def test_a_packet_waits_for_nothing_that_is_due_but_not_late(
+    turning: Turning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned: list[float] = []
+    turning.turns(2)
+    monkeypatch.setattr(loop, "LATEST", 60.0)
+    monkeypatch.setattr(turning._role, "send_one", lambda *_: (b"sealed", ()))
+    monkeypatch.setattr(turning._role, "finish_turn", turned.append)
+    turning._due = loop.now() - 1.0
+    turning.device.far.send(FRAME)
+    turning.turns(1)
+    assert turned == []
+    turning.turns(1)  # nothing comes
+    assert len(turned) == 1
+
+
 def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []
 

@@ -57,7 +57,7 @@ ADDRESSES = st.builds(
     st.none() | IPV6, st.none() | IPV6, U16, st.lists(IPV4 | IPV6, max_size=4).map(tuple),
 )  # fmt: skip
 KEYS = st.binary(min_size=32, max_size=32)
-ENROLS = st.builds(Enrol, KEYS, st.binary(max_size=32))
+ENROLS = st.builds(Enrol, KEYS, st.binary(max_size=32), KEYS)
 ENROLLEDS = st.builds(Enrolled, U8, KEYS, KEYS)
 GAPS = U32.map(lambda units: units / GAP_UNITS)
 RECEIPTS = st.builds(
@@ -358,6 +358,7 @@ def test_an_address_is_packed_and_unpacked(address: IPv4Address | IPv6Address) -
     packed = messages.pack_address(address)
     assert len(packed) == 16
     assert messages.unpack_address(packed) == address
+    assert messages.address_text(packed) == str(address)
 
 
 def test_an_address_is_read_as_the_kernel_writes_it() -> None:
