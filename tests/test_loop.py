@@ -195,9 +195,7 @@ def test_a_turn_in_which_all_went_the_short_way_ends_there_but_not_when_somethin
     assert len(turned) == 2
 
 
-def test_a_packet_waits_for_nothing_that_is_due_but_not_late(
-    turning: Turning, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packet_waits_for_nothing_that_is_due_but_not_late(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
     turned: list[float] = []
     turning.turns(2)
     monkeypatch.setattr(loop, "LATEST", 60.0)
