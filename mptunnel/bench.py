@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from mptunnel import __version__, crowd, micro
-from mptunnel.contest import CONTESTANTS, Contestant, Mptunnel
+from mptunnel.contest import CONTESTANTS, Contestant, Floor, Mptunnel
 from mptunnel.errors import ConfigError, HostError
 from mptunnel.figures import (
     Figures,
@@ -99,6 +99,7 @@ class Plan:
     clients: tuple[int, ...] = ()
     only: tuple[str, ...] = KINDS
     against: bool = True  # False: mptunnel and no tunnel alone
+    floor: bool = False  # also the least that could do it
     runs: int = 1
     quick: bool = False
     micro: bool = False
@@ -181,10 +182,13 @@ def hold_contest(plan: Plan) -> dict[str, Any]:
     """Measure every contestant that is here, `runs` times, in turn."""
     found: dict[str, Any] = {}
     taking_part: list[type[Contestant]] = []
-    for kind in CONTESTANTS:
+    kinds = [*CONTESTANTS]
+    if plan.floor:
+        kinds.insert(-1, Floor)  # beside mptunnel
+    for kind in kinds:
         if kind.missing() and plan.against:
             found[kind.name] = {"about": kind.about, "missing": kind.missing()}
-        elif plan.against or kind in {Contestant, Mptunnel}:
+        elif plan.against or kind in {Contestant, Floor, Mptunnel}:
             found[kind.name] = {"about": kind.about, "runs": [], "limited": []}
             taking_part.append(kind)
     for run in range(plan.runs):

@@ -504,6 +504,7 @@ def _kinds(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     help="Of throughput, packet-rate, latency and memory. [default: all]",
 )
 @click.option("--against/--alone", default=True, help="With what else is installed, or without. [default: with]")
+@click.option("--floor", is_flag=True, help="With the least that could do it in Python: no protocol, only the copies.")
 @click.option(
     "--runs", type=click.IntRange(1, 99), default=1, show_default=True, help="Figures are medians of so many."
 )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -223,6 +225,30 @@ class Mptunnel(Contestant):
         """Start the server and let the client join it."""
         self.tunnel.start(*self._words_for_server)
         self.processes = self.tunnel.processes
+
+
+class Floor(Contestant):
+    """The least that could do it (see `floor`): what Python, the kernel and the copies cost without our protocol."""
+
+    name = "floor"
+    about = "no protocol, every packet over every path: not a tunnel to use"
+    device = "flb"
+
+    def open(self) -> None:
+        """Start both ends, the server first: the client says one word on each path, and says it once."""
+        program = [sys.executable, "-m", "mptunnel.floor"]
+        paths = [f"p{path}={self._lab.client_address(path)}" for path in self._lab.paths]
+        ends = (("sv", _FAR, [str(_PORT)]), ("cl", _OWN, [str(_PORT), SERVER, *paths]))
+        for role, address, words in ends:
+            self._spawn(role, [*program, role, self.device, *words])
+            self._wait_device(role)
+            self._wait(role, partial(self._is_open, role), f"opens no socket at {role}")
+            self._lab.ip(role, f"addr add {address}/24 dev {self.device}", f"link set {self.device} mtu 1420 up")
+        self._be_gateway()
+        self._lab.ip("cl", f"route add {_TARGETS} dev {self.device}")
+
+    def _is_open(self, role: str) -> bool:
+        return f":{_PORT}" in self._lab.run(role, ["ss", "-Huan"])
 
 
 CONTESTANTS: Final[tuple[type[Contestant], ...]] = (Contestant, WireguardGo, OpenVpn, Mptunnel)

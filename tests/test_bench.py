@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mptunnel import bench, cli, crowd, micro, packet
-from mptunnel.contest import CONTESTANTS, Contestant, Mptunnel, OpenVpn, WireguardGo
+from mptunnel.contest import CONTESTANTS, Contestant, Floor, Mptunnel, OpenVpn, WireguardGo
 from mptunnel.errors import HostError
 from mptunnel.figures import (
     FoundRate,
@@ -269,12 +269,13 @@ def plan_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bench.Plan:
 
 
 def test_the_options_are_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "--paths 1,2,4 --clients 1,10 --only latency,memory --alone --runs 5 --quick --soak 60 --json -"
+    words = "--paths 1,2,4 --clients 1,10 --only latency,memory --alone --floor --runs 5 --quick --soak 60 --json -"
     assert plan_of(words.split(), monkeypatch) == bench.Plan(
         paths=(1, 2, 4),
         clients=(1, 10),
         only=("latency", "memory"),
         against=False,
+        floor=True,
         runs=5,
         quick=True,
         soak=60.0,
@@ -370,7 +371,10 @@ def test_our_childrens_time_is_not_that_of_others() -> None:
 @pytest.mark.netns
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(each, marks=pytest.mark.slow if each in {WireguardGo, OpenVpn} else ()) for each in CONTESTANTS],
+    [
+        pytest.param(each, marks=pytest.mark.slow if each in {WireguardGo, OpenVpn} else ())
+        for each in (*CONTESTANTS, Floor)
+    ],
 )
 def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Opener, tmp_path: Path) -> None:
     if kind.missing():

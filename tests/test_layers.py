@@ -30,6 +30,7 @@ PROGRAM = [
     "host lab membership admin",
     "hook pathcommands",
     "loop traffic load crowd watch",
+    "floor",
     "program",
     "story",
     "picture",
