@@ -371,10 +371,7 @@ def test_our_childrens_time_is_not_that_of_others() -> None:
 @pytest.mark.netns
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(each, marks=pytest.mark.slow if each in {WireguardGo, OpenVpn} else ())
-        for each in (*CONTESTANTS, Floor)
-    ],
+    [pytest.param(each, marks=pytest.mark.slow if each in {WireguardGo, OpenVpn} else ()) for each in CONTESTANTS],
 )
 def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Opener, tmp_path: Path) -> None:
     if kind.missing():
@@ -398,6 +395,17 @@ def test_every_contestant_carries_the_load(kind: type[Contestant], open_lab: Ope
         lab.end(process)
         with pytest.raises(HostError, match="has ended"):
             contestant.check()
+
+
+@pytest.mark.netns
+def test_the_floor_carries_an_echo_over_every_path(open_lab: Opener, tmp_path: Path) -> None:
+    lab = open_lab(direct=True)
+    floor = Floor(lab, tmp_path)
+    floor.start()
+    assert bench._Field(lab, floor).latency(0.3)["echo_p50_us"] > 0
+    for path in lab.paths:
+        (told,) = json.loads(lab.run("cl", ["ip", "-j", "-s", "link", "show", f"p{path}"]))
+        assert min(told["stats64"][way]["packets"] for way in ("rx", "tx")) > 100
 
 
 @pytest.mark.netns
