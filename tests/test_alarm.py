@@ -132,7 +132,7 @@ def test_sound_paths_never_raise_it_in_use_or_not(alarm_ms: int, seconds: float)
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("alarm_ms", "seconds"), [(15, 20.0), (100, 600.0)])
+@pytest.mark.parametrize(("alarm_ms", "seconds"), [(15, 20.0), pytest.param(100, 600.0, marks=pytest.mark.slow)])
 def test_under_loss_it_is_raised_for_every_silence_that_long_and_for_no_other(alarm_ms: int, seconds: float) -> None:
     net = watched(alarm_ms, Wire(loss_up=0.2, loss_down=0.2), Wire(delay=0.06, loss_up=0.2, loss_down=0.2))
     times = arrivals(net)

@@ -40,7 +40,9 @@ def carried(net: Simnet) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("paths", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "paths", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("interval", "limit"), [(25.0, 35.0), (300.0, 6.0)])
 def test_an_idle_path_costs_little_in_a_month(
     paths: int, interval: float, limit: float, caplog: pytest.LogCaptureFixture

@@ -158,7 +158,14 @@ def test_both_ends_say_of_both_directions_what_the_wires_have_done(delays: tuple
         assert all(path["longest_gap_ms"] > 40 for path in account["paths"])
 
 
-@pytest.mark.parametrize(("loss", "delay"), [(0.02, 0.06), (0.2, 0.06), (0.1, 0.32)])
+@pytest.mark.parametrize(
+    ("loss", "delay"),
+    [
+        (0.2, 0.06),
+        pytest.param(0.02, 0.06, marks=pytest.mark.slow),
+        pytest.param(0.1, 0.32, marks=pytest.mark.slow),
+    ],
+)
 def test_gaps_of_a_few_milliseconds_are_told_too(loss: float, delay: float) -> None:
     net, count = started(0.02, delay)
     count.spares_control = True
