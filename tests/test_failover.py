@@ -105,7 +105,7 @@ def test_no_gap_is_longer_than_the_skew_of_the_paths(make_tunnel: Maker, event: 
     assert max(gaps) <= SKEW + 0.020
 
 
-@pytest.mark.parametrize("loss", [0.05, 0.20])
+@pytest.mark.parametrize("loss", [pytest.param(0.05, marks=pytest.mark.slow), 0.20])
 def test_chance_has_to_hit_both_paths(make_tunnel: Maker, loss: float) -> None:
     """What is lost in the end is the product of both losses, and the receipts know the number."""
     tunnel = make_tunnel(seed=23)

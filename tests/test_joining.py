@@ -151,6 +151,7 @@ def test_a_bare_server_leaves_a_token_in_a_file_until_it_is_spent(make_tunnel: M
     wait_until(lambda: not path.exists(), "the token's file goes when it is spent")
 
 
+@pytest.mark.slow
 def test_whoever_cannot_reach_the_server_gives_up_joining_after_fifteen_seconds(make_tunnel: Maker) -> None:
     tunnel = make_tunnel(seed=45)
     before = tunnel.look("cl")

@@ -177,6 +177,7 @@ def stalls(tunnel: Tunnel, begun: float) -> None:
     first.set(kept_until=begun + 3.7)
 
 
+@pytest.mark.slow
 def test_a_stall_that_loses_nothing_is_a_gap(make_tunnel: Maker) -> None:
     tunnel = began(make_tunnel, 72)
     was_quiet: list[bool] = []
