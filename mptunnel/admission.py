@@ -13,7 +13,7 @@ import enum
 from typing import TYPE_CHECKING, Final
 
 from mptunnel import noise
-from mptunnel.messages import pack_address, parse_address
+from mptunnel.messages import packed_host, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +94,7 @@ class Door:
 
 
 def _source_bytes(source: Endpoint) -> bytes:
-    return pack_address(parse_address(source.host)) + source.port.to_bytes(2, "big")
+    return packed_host(source.host) + source.port.to_bytes(2, "big")
 
 
 def _site(source: Endpoint) -> bytes:

@@ -235,6 +235,9 @@ class Cap:
 
         `is_exact`: what was lost is known, so that it may be held for that.
         """
+        if self.rate is None and queue <= STANDS and self._loses_since == INF:  # as nearly always
+            self._stood = (INF, 0.0, 0.0)
+            return False
         rate = self.delivered_rate()
         if rate is None:
             return False
@@ -404,25 +407,30 @@ def review(
 
     The peer had received `delivered` datagrams (None: not known) `at` its time, of the (datagrams, bytes) `given`.
     """
-    jitter = path.way_out.jitter
-    samples, many = (SAMPLES, JITTERY_SAMPLES) if path.cap.rate is None else (HELD_SAMPLES, SAMPLES)
-    if jitter > max(JITTERY, 1.25 * path.cap.time_of_one()):
-        samples = many
-    else:
-        jitter = 0.0  # nothing that would be taken for a queue
-    queue = path.way_out.queue(now, samples) - min(
-        (other.way_out.queue(now, HELD_SAMPLES) for other in others), default=0.0
-    )
-    if not others and path.cap.rate is None:
-        queue = 0.0  # it gets everything; and when another one is back, nothing is against it that was not before
-    loss = path.loss_out.recent() or 0.0
-    is_worst = any((other.loss_out.recent() or 0.0) < loss for other in others)
-    was_held = path.cap.rate is not None
+    cap, way_out = path.cap, path.way_out
+    was_held = cap.rate is not None
+    queue = jitter = 0.0
+    # Where the newest sample does not stand there is no queue. And a path that is alone gets everything: when another
+    # one is back, nothing is against it that was not before.
+    if was_held or (others and way_out.newest() > STANDS):
+        jitter = way_out.jitter
+        samples, many = (HELD_SAMPLES, SAMPLES) if was_held else (SAMPLES, JITTERY_SAMPLES)
+        if jitter > max(JITTERY, 1.25 * cap.time_of_one()):
+            samples = many
+        else:
+            jitter = 0.0  # nothing that would be taken for a queue
+        queue = way_out.queue(now, samples) - min(
+            (other.way_out.queue(now, HELD_SAMPLES) for other in others), default=0.0
+        )
+    datagrams, size = given
     if delivered is None:
-        is_new_floor = path.cap.arrived(at, *given, queue, now, jitter=jitter)
+        is_new_floor = cap.arrived(at, datagrams, size, queue, now, jitter=jitter)
     else:
-        is_new_floor = path.cap.feedback(at, *given, delivered, queue, now, is_worst=is_worst, jitter=jitter)
+        loss = path.loss_out.recent() or 0.0
+        is_worst = loss > 0.0 and any((other.loss_out.recent() or 0.0) < loss for other in others)
+        is_new_floor = cap.feedback(at, datagrams, size, delivered, queue, now, is_worst=is_worst, jitter=jitter)
     if is_new_floor:
         path.rebase()
-    is_news = path.cap.rate is not None and not was_held
-    return f"a queue of {queue * 1e3:.0f} ms, {loss:.0%} lost" if is_news else ""
+    if was_held or cap.rate is None:
+        return ""
+    return f"a queue of {queue * 1e3:.0f} ms, {path.loss_out.recent() or 0.0:.0%} lost"

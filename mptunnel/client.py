@@ -350,8 +350,10 @@ class Client(Role):
         if self._handshakes:
             return -INF
         due = self._peer.scheduled_at = self._peer.next_deadline()
-        due = min(due, self._join_until, self._servers.next_deadline(), self._mend_at, self._try_at)
-        due = min(due, *self._reopen_at.values(), INF)
+        for other in (self._join_until, self._servers.next_deadline(), self._mend_at, self._try_at):
+            due = min(due, other)
+        for reopen_at in self._reopen_at.values():
+            due = min(due, reopen_at)
         if self._state != "up" and not self._has_warned:
             due = min(due, self._state_at + WARN_AFTER)
         return min(due, self.ledger.due)
@@ -564,9 +566,11 @@ class Client(Role):
 
     def _note_proofs(self) -> None:
         """What has come by a path has come from the address of the server that the path leads to."""
-        heard = [self._ways[path.id].server for path in self.paths.values() if path.is_open and path.was_heard]
-        is_news = [self._servers.proved(server) for server in heard]
-        if any(is_news) and self._membership.record.said_hello:  # else HELLO will see to it
+        is_news = False
+        for path in self.paths.values():
+            if path.is_open and path.was_heard and self._servers.proved(self._ways[path.id].server):
+                is_news = True
+        if is_news and self._membership.record.said_hello:  # else HELLO will see to it
             self._keep_addresses()
 
     def _keep_addresses(self) -> None:

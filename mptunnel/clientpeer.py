@@ -350,7 +350,7 @@ class ClientPeer(Peer):
             if other is not None and other is not path:
                 arrival = other.reported_by_another(record, probe.sent_us, now)
                 if arrival is not None:
-                    self._review(other, *arrival, None, now)
+                    self._review(other, arrival[0], arrival[1], None, now)
                 self._tell_up(other, now)
         is_bound, interval = path.endpoint == source, probe.interval_ms / 1e3
         self.receipts.gaps.heard(path.id, probe.incarnation, probe.seq, probe.sent_us, INF, interval, now)
@@ -428,13 +428,12 @@ class ClientPeer(Peer):
         if probe is None:
             path.shown_at = now
         others = records(path, self._bound.values(), now, is_idle=path.interval > 1.0)
-        host = messages.pack_address(messages.parse_address(path.endpoint.plain_host))
         sent_us = self._now_us(now)
         plain = Echo(
             path.id, path.incarnation, probe.seq if probe else 0, path.next_number(now, sent_us),
             probe.sent_us if probe else 0, sent_us, round((now - arrived_at) * 1e6) if probe else 0, path.tx + 1,
-            path.rx, self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port, host,
-            is_unasked=probe is None, records=others,
+            path.rx, self.packets_sent, min(path.rx_size, 0xFFFF), path.endpoint.port,
+            messages.packed_host(path.endpoint.host), probe is None, others,
         ).encode(size)  # fmt: skip
         self._send_control(plain, path.endpoint, path, now, out)
 

@@ -5,7 +5,8 @@ up what it asks for. No descriptor gets more than 64 reads in a turn, and after 
 nothing waits for a batch to fill. What may block goes to the worker. Time is CLOCK_BOOTTIME, which counts suspend.
 
 If all that was ready went the short way (see `peer`), the turn ends there: who gets the packet may be waiting for this
-very processor. What is due meanwhile is done when nothing has come for 0.4 ms, or 2 ms late.
+very processor. What is due is done in the lull behind such packets, one thing in each, so that it is over when the
+next one comes; where there is no lull, 2 ms late.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import errno
 import gc
 import logging
 import os
+import pathlib
 import select
 import signal
 import time
@@ -62,8 +64,9 @@ OFFER_SPACING: Final = 10.0
 LINKS_REVIEW: Final = 60.0  # and one could be missed
 WALL_INTERVAL: Final = 1.0
 QUEUE_WORTH_A_LOOK: Final = 3000  # bytes sent on a path since the last look: two full datagrams
-PEACE: Final = 0.0004  # s without packets: time for what is due
-LATEST: Final = 0.002  # s that it may wait for that
+PEACE, ANSWERED_PEACE = 0.0004, 0.00005  # s after a packet that may be answered soon, after an answer: a lull
+RHYTHM: Final = 0.0015  # s after a packet: there is no next one to be awaited
+LATEST: Final = 0.002  # s that what is due may wait for a lull
 PAUSE: Final = 0.00005  # s in select(): nothing was ready when we looked
 STOPPING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NOTHING: Final[list[int]] = []
@@ -86,6 +89,8 @@ class Snapshot:
 class Loop(Generic[R]):
     """What both roles need: the device, the worker, the control socket, signals."""
 
+    _asks_outward: bool  # what comes from the device is a question rather than an answer
+
     def __init__(self, settings: Settings, role: R, tun: Tun, the_host: host.Host, state: StateDir) -> None:
         self._settings = settings
         self._role = role
@@ -107,7 +112,8 @@ class Loop(Generic[R]):
         self._inbox: list[bytes] = []
         self._wall_at = 0.0
         self._due = -INF  # when the role has to do something
-        self._carried_at = -INF  # when packets went the short way last
+        self._lull_at = -INF  # packets have just gone the short way: then is the time for what is due
+        self._quiet_at = -INF  # and when there will be no next one
         self._own_due = 0.0  # when we have to do something that is not the role's; at `_wall_at` at the latest
         self._streak = 0  # turns since select had to wait
         self._is_calm = True  # what comes alone in this turn goes on at once, and the next look is select's
@@ -131,6 +137,8 @@ class Loop(Generic[R]):
             gc.collect()
             gc.freeze()
             gc.disable()  # the core makes no cycles, and a collection would be a gap
+            with contextlib.suppress(OSError):  # proc(5); else select() comes back 50 us late
+                pathlib.Path("/proc/self/timerslack_ns").write_text("1", encoding="ascii")
             with contextlib.suppress(OSError):  # no CAP_SYS_NICE: then as everybody else
                 os.setpriority(os.PRIO_PROCESS, 0, NICE)  # 0: this thread; worker and hook have begun before it
             try:
@@ -154,8 +162,8 @@ class Loop(Generic[R]):
             readers.remove(control.fileno())
             due = min(due, control.next_deadline())
         latest = due + LATEST
-        if due < self._carried_at + PEACE:
-            due = min(self._carried_at + PEACE, latest)
+        if due < self._quiet_at:
+            due = min(self._lull_at if due <= self._lull_at else self._quiet_at, latest)
         before = _clock(_BOOTTIME)
         ready, writable, _ = _select(readers, writers, _NOTHING, min(max(0.0, due - before), LONGEST_WAIT))
         moment = _clock(_BOOTTIME)
@@ -167,24 +175,31 @@ class Loop(Generic[R]):
             if handler is None or not handler(moment):
                 is_all = False
         if is_all and self._ledger.due > -INF:
-            self._carried_at = moment
+            is_question = (ready[0] == self._fds[0]) is self._asks_outward
+            self._lull_at = moment + (PEACE if is_question else ANSWERED_PEACE)
+            self._quiet_at = moment + RHYTHM
             return
         if control is not None and control.connections:
             for fd in {*ready, *writable} - self._readers.keys():
                 control.ready(fd, moment)
             control.expire(moment)
-        self._finish_turn(moment)
+        may_wait = bool(ready) and moment < min(self._quiet_at, latest)
+        self._finish_turn(moment, may_wait=may_wait)
 
-    def _finish_turn(self, moment: float) -> None:
-        """Do what is due, and what came of more than passing on single packets."""
-        role, due = self._role, self._due
+    def _finish_turn(self, moment: float, *, may_wait: bool) -> None:
+        """Do what came of more than passing on single packets, and what is due unless that `may_wait` for a lull."""
+        role, is_due = self._role, self._due <= moment
         role.finish_turn(moment)
-        if self._own_due <= moment:
-            self._own_work(moment)
-        if due <= moment:  # what has become due in this turn is done in the next one, which comes at once
-            role.handle_timeout(moment)
+        if not may_wait:
+            self._lull_at = -INF  # one thing at a time
+            if self._own_due <= moment:
+                self._own_work(moment)
+            if is_due:  # what has become due in this turn is done in another one
+                role.handle_timeout(moment)
         self._drain(moment)
-        self._due = role.next_deadline()
+        due = role.next_deadline()
+        if not (may_wait and is_due):
+            self._due = max(due, moment)  # however old it is: nobody has known of it before
 
     def _drain(self, moment: float) -> None:
         """Send all that is to be sent and take up all that is asked for, until there is no more of either."""
@@ -450,6 +465,8 @@ class Loop(Generic[R]):
 class ServerLoop(Loop["Server"]):
     """The server's turn: one socket for everybody."""
 
+    _asks_outward = False
+
     def __init__(
         self,
         settings: Settings,
@@ -524,6 +541,8 @@ class ServerLoop(Loop["Server"]):
 
 class ClientLoop(Loop["Client"]):
     """The client's turn: one socket for each path, and the host's links."""
+
+    _asks_outward = True
 
     def __init__(self, settings: Settings, role: Client, tun: Tun, the_host: host.Host, state: StateDir) -> None:
         super().__init__(settings, role, tun, the_host, state)

@@ -118,6 +118,7 @@ class CloseReason(enum.IntEnum):
     NOT_ADMITTED = 4
 
 
+_USES: Final = (*Use, Use.PROBES)  # by bits 0 and 1
 PROBE_ECHO_AT_SIZE: Final = 4  # flag bit 2
 ECHO_UNASKED: Final = 1  # flag bit 0
 HELLO_ANSWER: Final = 1  # flag bit 0
@@ -185,7 +186,7 @@ def decode_probe_untrusted(body: memoryview) -> Probe:
         _PROBE.unpack_from(body)
     )
     _check_path(path, "probe")
-    use = Use(min(flags & 3, Use.PROBES))
+    use = _USES[flags & 3]
     records = _decode_records(body, _PROBE.size, n)
     return Probe(
         path,
@@ -542,6 +543,12 @@ def unpack_address(packed: bytes) -> IPv4Address | IPv6Address:
 def address_text(packed: bytes) -> str:
     """Return the address of 16 bytes as people write it."""
     return str(unpack_address(packed))
+
+
+@lru_cache(maxsize=1024)
+def packed_host(host: str) -> bytes:
+    """Return the 16 bytes of an address that the kernel wrote as `host`."""
+    return pack_address(parse_address(host))
 
 
 @lru_cache(maxsize=1024)

@@ -567,7 +567,7 @@ class ServerPeer(Peer):
             if other is not None and other is not path:
                 arrival = other.reported_by_another(record, echo.sent_us, now)
                 if arrival is not None and other.carries_up(now):
-                    self._review(other, *arrival, None, now)
+                    self._review(other, arrival[0], arrival[1], None, now)
         if echo.is_unasked:
             path.heard_unasked(echo.number, now)
             self._echoed_at = now  # it knows us
@@ -628,6 +628,15 @@ class ServerPeer(Peer):
         for path in self._open_paths():
             self._probe(path, now, out)
 
+    def _probe_next(self, now: float, out: list[Transmit]) -> None:
+        """Probe the path that has been due for longest. The others have their turns: packets may go in between."""
+        due = [path for path in self._open_paths() if path.due_at <= now]
+        if due:
+            path = min(due, key=lambda path: path.due_at)
+            self._probe(path, now, out)
+            if path.fell_silent(now):
+                self._log_silence(path, now)
+
     def _probe(self, path: ClientPath, now: float, out: list[Transmit]) -> None:
         if path.has_counted_out:
             path.renew(self._new_incarnation(), now)
@@ -671,11 +680,7 @@ class ServerPeer(Peer):
         if self.rests(now) and self.initiation is None and self._is_last_chance(self.current, now):
             self._renew(now, out)
         standby.call(self.paths.values(), now)
-        for path in self._open_paths():
-            if path.due_at <= now:
-                self._probe(path, now, out)
-                if path.fell_silent(now):
-                    self._log_silence(path, now)
+        self._probe_next(now, out)
         self._consider_mtu(now)
         self._listen(now, out)
 

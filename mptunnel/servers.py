@@ -103,7 +103,8 @@ class Servers:
     def proved(self, address: IPAddress) -> bool:
         """Something authentic has come from an address in use; return whether that is news."""
         version = address.version
-        if self._proven.get(version) == address:
+        proven = self._proven.get(version)
+        if proven is address or proven == address:
             return False
         self._proven[version] = address
         self.known = [a for a in self.known if a.version != version or a == address or a in self._named]

@@ -17,7 +17,17 @@ from mptunnel.config import ServerSettings
 from mptunnel.control import MAX_CONNECTIONS
 from mptunnel.errors import HostError
 from mptunnel.events import Resolve, RunScript, SaveState
-from mptunnel.loop import CALM, OFFER_SPACING, READS_PER_TURN, ClientLoop, ServerLoop
+from mptunnel.loop import (
+    ANSWERED_PEACE,
+    CALM,
+    LATEST,
+    OFFER_SPACING,
+    PEACE,
+    READS_PER_TURN,
+    RHYTHM,
+    ClientLoop,
+    ServerLoop,
+)
 from mptunnel.packet import PLAIN
 from mptunnel.server import Offer
 from mptunnel.timers import INF
@@ -207,6 +217,95 @@ def test_a_packet_waits_for_nothing_that_is_due_but_not_late(turning: Turning, m
     assert turned == []
     turning.turns(1)  # nothing comes
     assert len(turned) == 1
+
+
+class Stage:
+    """Time and select() as the test has them, and a role that always has something to do; what comes goes short ways.
+
+    Times are in s from the beginning; `done` is when the role did what was due.
+    """
+
+    def __init__(self, turning: Turning, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.turning = turning
+        self.device, self.socket, self.message = turning._fds[0], turning._socket.fileno(), turning._monitor.fileno()
+        self.now, self.waited = 0.0, 0.0
+        self.done: list[float] = []
+        self._ready: list[int] = []
+        monkeypatch.setattr(loop, "LONGEST_WAIT", 1.0)
+        monkeypatch.setattr(loop, "_clock", lambda _: self.now)
+        monkeypatch.setattr(loop, "_select", self._select)
+        monkeypatch.setattr(turning._role, "next_deadline", lambda: -INF)
+        monkeypatch.setattr(turning._role, "handle_timeout", self.done.append)
+        turning._readers[self.device] = turning._readers[self.socket] = lambda _: True
+        turning._readers[self.message] = lambda _: False
+        turning._due = INF
+
+    def _select(self, readers: object, writers: object, errors: object, wait: float) -> tuple[list[int], ...]:
+        ready, self._ready = self._ready, []
+        self.waited = wait
+        if not ready:
+            self.now += wait
+        return ready, [], []
+
+    def comes(self, *ready: int) -> None:
+        """These descriptors are ready, in a turn."""
+        self._ready = list(ready)
+        self.turning.turns(1)
+
+    def nothing_comes(self) -> float:
+        """Have a turn in which nothing is ready; return how long it waited."""
+        self.turning.turns(1)
+        return self.waited
+
+
+@pytest.fixture
+def stage(turning: Turning, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    return Stage(turning, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("due", "wait"),
+    [
+        (-LATEST / 2, ANSWERED_PEACE),  # it waited while packets passed
+        (ANSWERED_PEACE / 2, ANSWERED_PEACE),
+        (RHYTHM / 2, RHYTHM),  # a bad time: perhaps the next packet comes before it is done
+        (2 * RHYTHM, 2 * RHYTHM),
+        (ANSWERED_PEACE / 2 - LATEST, ANSWERED_PEACE / 2),
+    ],
+)
+def test_what_is_due_is_done_in_the_lull_behind_a_packet_or_when_none_is_to_come(
+    stage: Stage, due: float, wait: float
+) -> None:
+    stage.comes(stage.device)
+    stage.turning._due = due
+    assert stage.nothing_comes() == pytest.approx(wait)
+    assert stage.done == [stage.now]
+
+
+def test_the_lull_is_behind_the_answer_and_there_is_one_thing_in_each(stage: Stage) -> None:
+    stage.turning._due = 0.0
+    stage.comes(stage.socket)
+    stage.now += PEACE / 2
+    stage.comes(stage.device)
+    assert stage.nothing_comes() == pytest.approx(ANSWERED_PEACE)
+    assert len(stage.done) == 1
+    assert stage.nothing_comes() == pytest.approx(RHYTHM - ANSWERED_PEACE)
+    assert len(stage.done) == 2
+    assert stage.nothing_comes() == 0.0, "nobody is to be let by"
+    stage.comes(stage.socket)
+    assert stage.nothing_comes() == pytest.approx(PEACE)
+    assert len(stage.done) == 4
+
+
+def test_messages_between_packets_do_not_put_off_what_is_due(stage: Stage) -> None:
+    stage.comes(stage.device)
+    stage.turning._due = stage.now
+    for _ in range(10):
+        stage.comes(stage.message)
+        stage.comes(stage.device)
+        if not stage.done:
+            stage.now += LATEST / 5
+    assert stage.done[0] == pytest.approx(LATEST)
 
 
 def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
