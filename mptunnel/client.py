@@ -364,7 +364,7 @@ class Client(Role):
         if now >= self._peer.scheduled_at:
             self._peer.handle_timeout(now, self.out)
             self._peer.renew_short_way(now)
-            self._after(self._peer, now)
+            self._take_news(now)
         if now >= self._join_until:
             self._join_until = INF
             self._join_failed(self._join_failure or self._unreachable(), now)
@@ -725,6 +725,10 @@ class Client(Role):
 
     def _after(self, peer: Peer, now: float) -> None:
         self._note_proofs()
+        self._take_news(now)
+
+    def _take_news(self, now: float) -> None:
+        """Act on what the peer has to say."""
         news, self._peer.news = self._peer.news, []
         for item in news:
             match item:

@@ -710,6 +710,8 @@ class ServerPeer(Peer):
 
     def _listen(self, now: float, out: list[Transmit]) -> None:
         """Start a handshake if no path has answered for a while: the server may know us no longer."""
+        if now - self._echoed_at <= DEAF_AFTER:
+            return
         paths = self._open_paths()
         if not standby.is_needed(self.paths.values(), now):  # those standing by are asked too rarely to say anything
             paths = [path for path in paths if path.use is Use.DATA]
