@@ -183,11 +183,14 @@ class Loop(Generic[R]):
             for fd in {*ready, *writable} - self._readers.keys():
                 control.ready(fd, moment)
             control.expire(moment)
-        may_wait = bool(ready) and moment < min(self._quiet_at, latest)
-        self._finish_turn(moment, may_wait=may_wait)
+        is_late = moment >= latest
+        self._finish_turn(moment, may_wait=bool(ready) and moment < self._quiet_at and not is_late, is_late=is_late)
 
-    def _finish_turn(self, moment: float, *, may_wait: bool) -> None:
-        """Do what came of more than passing on single packets, and what is due unless that `may_wait` for a lull."""
+    def _finish_turn(self, moment: float, *, may_wait: bool, is_late: bool) -> None:
+        """Do what came of more than passing on single packets, and what is due unless that `may_wait` for a lull.
+
+        `is_late`: there was none for so long that all that is due is done now, turn by turn.
+        """
         role, is_due = self._role, self._due <= moment
         role.finish_turn(moment)
         if not may_wait:
@@ -199,7 +202,7 @@ class Loop(Generic[R]):
         self._drain(moment)
         due = role.next_deadline()
         if not (may_wait and is_due):
-            self._due = max(due, moment)  # however old it is: nobody has known of it before
+            self._due = due if is_late else max(due, moment)  # it may be older: then nobody has known of it before
 
     def _drain(self, moment: float) -> None:
         """Send all that is to be sent and take up all that is asked for, until there is no more of either."""

@@ -306,6 +306,8 @@ def test_messages_between_packets_do_not_put_off_what_is_due(stage: Stage) -> No
         if not stage.done:
             stage.now += LATEST / 5
     assert stage.done[0] == pytest.approx(LATEST)
+    stage.comes(stage.device)
+    assert stage.nothing_comes() == 0.0, "all that is due is late"
 
 
 def test_a_path_that_has_just_lost_its_socket_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
