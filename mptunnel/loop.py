@@ -169,7 +169,8 @@ class Loop(Generic[R]):
         moment = _clock(_BOOTTIME)
         self._streak = 0 if moment - before > PAUSE else self._streak + 1
         self._is_calm = self._streak <= CALM
-        is_all = bool(ready) and not writable and moment < latest
+        is_late = moment >= latest
+        is_all = bool(ready) and not writable and not is_late
         for fd in ready:
             handler = self._readers.get(fd)
             if handler is None or not handler(moment):
@@ -183,7 +184,6 @@ class Loop(Generic[R]):
             for fd in {*ready, *writable} - self._readers.keys():
                 control.ready(fd, moment)
             control.expire(moment)
-        is_late = moment >= latest
         self._finish_turn(moment, may_wait=bool(ready) and moment < self._quiet_at and not is_late, is_late=is_late)
 
     def _finish_turn(self, moment: float, *, may_wait: bool, is_late: bool) -> None:

@@ -104,7 +104,7 @@ class Servers:
         """Something authentic has come from an address in use; return whether that is news."""
         version = address.version
         proven = self._proven.get(version)
-        if proven is address or proven == address:
+        if proven is address or proven == address:  # the same object, as a rule; to compare two takes long
             return False
         self._proven[version] = address
         self.known = [a for a in self.known if a.version != version or a == address or a in self._named]
